@@ -1,0 +1,241 @@
+"""Everything that crosses a boundary: front end <-> engine process, and scheduler <-> executor.
+
+All records are frozen dataclasses of plain Python values, so that they can be compared in tests, sent
+through msgpack unchanged, and never carry an array, a device pointer or a piece of text-processing state.
+
+Times are seconds of ``time.monotonic()``, which on Linux is one clock for all processes of a machine.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+
+class FinishReason(StrEnum):
+    """Why a request ended, in the words of OpenAI's API plus the two that only an engine knows."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingParams:
+    """How the next token of one sequence is chosen. Already validated; contains no text.
+
+    Attributes:
+        temperature: 0 selects the most likely token (greedy).
+        top_k: keep the k most likely tokens; 0 keeps all.
+        top_p: keep the smallest set of most likely tokens whose probability reaches this.
+        min_p: drop tokens less likely than ``min_p`` times the most likely one.
+        seed: 64-bit. The random number of a token depends only on (seed, position), never on the batch.
+        presence_penalty, frequency_penalty: over the generated tokens, as OpenAI defines them.
+        repetition_penalty: over prompt and generated tokens (CTRL, arXiv:1909.05858).
+        logit_bias: (token id, value added to its logit) pairs.
+        logprobs: number of most likely alternatives reported with each token; None reports nothing.
+        prompt_logprobs: the same for the tokens of the prompt; such a request takes no prefix-cache hits.
+        max_tokens: generated tokens at most.
+        min_tokens: no stop token is sampled before this many tokens.
+        stop_token_ids: generation ends *with* one of these. Holds the model's end-of-sequence ids as well,
+            unless the client asked for ``ignore_eos``.
+    """
+
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    repetition_penalty: float = 1.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    max_tokens: int = 16
+    min_tokens: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What a client asked for, as token ids.
+
+    Attributes:
+        prompt_token_ids: at least one token.
+        arrival_time: ``time.monotonic()`` when the front end accepted it.
+        priority: lower runs first; equal priorities run in order of arrival.
+        cache_salt: requests share prefix-cache blocks only with requests of the same salt.
+    """
+
+    request_id: str
+    prompt_token_ids: tuple[int, ...]
+    params: SamplingParams = field(default_factory=SamplingParams)
+    arrival_time: float = 0.0
+    priority: int = 0
+    cache_salt: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """One token and how likely it was: natural logarithms of the model's own distribution (temperature 1).
+
+    Attributes:
+        rank: 1 for the most likely token of the vocabulary.
+        top: the most likely tokens as (token id, logprob), best first.
+    """
+
+    token_id: int
+    logprob: float
+    rank: int
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutput:
+    """What one step produced for one request.
+
+    Attributes:
+        token_ids: newly generated tokens, a final stop token included. May be empty (abort, error).
+        logprobs: one record for each of ``token_ids`` if the request asked for them.
+        prompt_logprobs: sent once, with the first tokens: one record for each prompt token but the first.
+        finish_reason: set on the last output of the request, and only there.
+        num_cached_tokens: prompt tokens that were found in the prefix cache.
+        first_scheduled_time: when the request left the queue for the first time.
+        error: what went wrong, for the log, if ``finish_reason`` is ERROR.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...] = ()
+    logprobs: tuple[TokenLogprobs, ...] | None = None
+    prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    finish_reason: FinishReason | None = None
+    num_cached_tokens: int = 0
+    first_scheduled_time: float = 0.0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    """State of the engine after a step. Fields named ``*_total`` only ever grow."""
+
+    num_running: int = 0
+    num_waiting: int = 0
+    kv_cache_usage: float = 0.0
+    prefix_cache_queries_total: int = 0
+    prefix_cache_hits_total: int = 0
+    preemptions_total: int = 0
+    steps_total: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class EngineOutputs:
+    """One message from the engine process to the front end."""
+
+    outputs: tuple[EngineOutput, ...]
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class NewSequence:
+    """A sequence that the executor has not seen, or has forgotten since it was preempted.
+
+    Attributes:
+        token_ids: the prompt, followed by what was generated before a preemption.
+        num_prompt_tokens: how many of ``token_ids`` are the prompt (penalties and logprobs need it).
+        num_computed_tokens: leading tokens whose keys and values are in the cache already (prefix hits).
+        block_ids: blocks that hold those computed tokens. Blocks for the tokens of this step come with
+            ``ScheduledSequence.new_block_ids``.
+    """
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    num_prompt_tokens: int
+    num_computed_tokens: int
+    block_ids: tuple[int, ...]
+    params: SamplingParams
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledSequence:
+    """The share of one sequence in a step: tokens [start, start + num_tokens) are computed.
+
+    Attributes:
+        new_block_ids: appended to the block table of the sequence before the step runs.
+        samples: whether the tokens reach the end of what is known, so that one new token is sampled.
+    """
+
+    request_id: str
+    start: int
+    num_tokens: int
+    new_block_ids: tuple[int, ...]
+    samples: bool
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerOutput:
+    """One step for the executor, in this order: forget ``released``, learn ``new``, compute ``scheduled``."""
+
+    step_id: int
+    new: tuple[NewSequence, ...]
+    scheduled: tuple[ScheduledSequence, ...]
+    released: tuple[str, ...]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(s.num_tokens for s in self.scheduled)
+
+
+@dataclass(frozen=True, slots=True)
+class SampledToken:
+    """The token that a ``ScheduledSequence`` with ``samples`` got.
+
+    Attributes:
+        logprobs: if the request asked for them.
+        is_valid: False if the logits were not finite; the request is then failed alone.
+    """
+
+    request_id: str
+    token_id: int
+    logprobs: TokenLogprobs | None = None
+    is_valid: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class ModelRunnerOutput:
+    """The result of one step.
+
+    Attributes:
+        sampled: one record for each scheduled sequence with ``samples``, in the order of the step.
+        prompt_logprobs: (request id, records) of sequences that asked for them, for the prompt tokens whose
+            predecessor was computed in this step; in order, without gaps, over the steps.
+    """
+
+    step_id: int
+    sampled: tuple[SampledToken, ...]
+    prompt_logprobs: tuple[tuple[str, tuple[TokenLogprobs, ...]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class ExecutorSpec:
+    """What an executor offers. Fixed once it is built.
+
+    Attributes:
+        model_id: identifies the weights; salts the hashes of the prefix cache.
+        block_size: tokens in a KV block.
+        num_blocks: KV blocks in the pool; ids are 0 .. num_blocks - 1.
+        max_model_len: prompt and generated tokens of one sequence at most.
+        max_num_seqs: sequences in one step at most.
+        max_num_batched_tokens: tokens in one step at most.
+        device: one line for humans, such as ``cpu (2 threads, int8)``.
+    """
+
+    model_id: str
+    vocab_size: int
+    block_size: int
+    num_blocks: int
+    max_model_len: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    device: str
