@@ -1,0 +1,221 @@
+"""The settings of ``inflightd serve``: flags, environment variables and help come from one dataclass."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ENVIRONMENT_PREFIX = "INFLIGHTD_"
+DEFAULT_MODEL = "smollm2-135m-instruct"
+
+
+class ConfigError(Exception):
+    """A setting is wrong; the message says which one and what it takes."""
+
+
+_BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def parse_bytes(text: str) -> int:
+    """``512MiB``, ``2G``, ``1500000`` -> a number of bytes. Raises ValueError."""
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
+    if match is None or match[2] not in _BYTE_UNITS:
+        raise ValueError(f"{text!r} is not a size such as 512MiB or 2GiB")
+    return int(float(match[1]) * _BYTE_UNITS[match[2]])
+
+
+def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        try:
+            value = int(text)
+        except ValueError:
+            raise ValueError(f"{text!r} is not a whole number") from None
+        if value < minimum or (maximum is not None and value > maximum):
+            limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
+            raise ValueError(f"{value} is out of range: it must be {limits}")
+        return value
+
+    return parse
+
+
+def _one_of(*choices: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in choices:
+            raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
+        return text
+
+    return parse
+
+
+def _size(text: str) -> int:
+    value = parse_bytes(text)
+    if value < 1:
+        raise ValueError("it must be at least one byte")
+    return value
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise ValueError("it needs at least one name")
+    return names
+
+
+def _metric_prefix(text: str) -> str:
+    prefix = text.removesuffix(":")
+    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", prefix):
+        raise ValueError(f"{text!r} is not a metric prefix: letters, digits and underscores only")
+    return prefix
+
+
+def _flag(
+    default: Any, parse: Callable[[str], Any], help: str, *, group: str, metavar: str | None = None
+) -> Any:
+    return field(default=default, metadata={"parse": parse, "help": help, "group": group, "metavar": metavar})
+
+
+@dataclass(frozen=True, slots=True)
+class ServerConfig:
+    """Settings of one server. ``None`` means: chosen from the model and the machine at start."""
+
+    model: str = _flag(
+        DEFAULT_MODEL,
+        str,
+        "a folder in Hugging Face format, a .gguf file, or a Hub id; without it the embedded default "
+        f"({DEFAULT_MODEL}) is served",
+        group="model",
+    )
+    served_model_name: tuple[str, ...] | None = _flag(
+        None,
+        _names,
+        "name or comma-separated names by which clients ask for the model",
+        group="model",
+        metavar="NAME[,NAME]",
+    )
+    dtype: str = _flag(
+        "auto",
+        _one_of("auto", "float32", "int8"),
+        "arithmetic of the matrix products: auto (int8 on a CPU), float32 (exact, slower) or int8",
+        group="model",
+        metavar="DTYPE",
+    )
+    max_model_len: int | None = _flag(
+        None,
+        _integer(1),
+        "longest prompt and answer together, in tokens (default: the model's own limit)",
+        group="model",
+        metavar="TOKENS",
+    )
+
+    host: str = _flag("127.0.0.1", str, "address to listen on", group="server")
+    port: int = _flag(
+        8000, _integer(0, 65535), "port to listen on; 0 takes a free one", group="server", metavar="PORT"
+    )
+    max_body_bytes: int = _flag(
+        32 * 2**20, _size, "largest request body (default: 32MiB)", group="server", metavar="SIZE"
+    )
+    metrics_prefix: str = _flag(
+        "inflightd",
+        _metric_prefix,
+        "prefix of the Prometheus metrics; 'vllm' serves dashboards made for vLLM",
+        group="server",
+        metavar="PREFIX",
+    )
+    shutdown_timeout: int = _flag(
+        30,
+        _integer(0),
+        "seconds that running requests get to finish after SIGTERM",
+        group="server",
+        metavar="SECONDS",
+    )
+    log_level: str = _flag(
+        "info",
+        _one_of("debug", "info", "warning", "error"),
+        "debug, info, warning or error",
+        group="server",
+        metavar="LEVEL",
+    )
+
+    kv_cache_bytes: int | None = _flag(
+        None,
+        _size,
+        "memory for keys and values, such as 512MiB (default: from the free memory)",
+        group="scheduling",
+        metavar="SIZE",
+    )
+    block_size: int = _flag(
+        16, _integer(1, 256), "tokens in one KV block", group="scheduling", metavar="TOKENS"
+    )
+    max_num_seqs: int = _flag(
+        64, _integer(1, 4096), "sequences in one step at most", group="scheduling", metavar="N"
+    )
+    max_num_batched_tokens: int = _flag(
+        2048,
+        _integer(1, 2**20),
+        "tokens in one step at most: longer prompts are computed in chunks",
+        group="scheduling",
+        metavar="TOKENS",
+    )
+    threads: int | None = _flag(
+        None, _integer(1), "CPU threads of the engine (default: the cores it may use)", group="scheduling",
+        metavar="N",
+    )  # fmt: skip
+
+    @property
+    def served_model_names(self) -> tuple[str, ...]:
+        """Names that clients may ask for, the first being the one that answers carry."""
+        return self.served_model_name or (self.model,)
+
+
+def _settings() -> list[dataclasses.Field[Any]]:
+    return list(dataclasses.fields(ServerConfig))
+
+
+def environment_variable(name: str) -> str:
+    return ENVIRONMENT_PREFIX + name.upper()
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds MODEL and one flag for each setting; values stay text until ``config_from``."""
+    groups: dict[str, argparse._ArgumentGroup] = {}
+    for setting in _settings():
+        meta = setting.metadata
+        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
+        if setting.name == "model":
+            group.add_argument("model", nargs="?", metavar="MODEL", help=meta["help"])
+            continue
+        shown = meta["help"]
+        if setting.default is not None and "default" not in shown:
+            shown += f" (default: {setting.default})"
+        group.add_argument(
+            "--" + setting.name.replace("_", "-"),
+            metavar=meta["metavar"] or setting.name.upper(),
+            help=shown.replace("%", "%%"),
+        )
+
+
+def config_from(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> ServerConfig:
+    """Settings from parsed flags, then ``INFLIGHTD_*`` variables, then defaults.
+
+    Raises:
+        ConfigError: naming the flag or variable whose value is wrong.
+    """
+    values: dict[str, Any] = {}
+    for setting in _settings():
+        text = getattr(arguments, setting.name, None)
+        source = "MODEL" if setting.name == "model" else "--" + setting.name.replace("_", "-")
+        if text is None:
+            source = environment_variable(setting.name)
+            text = environment.get(source)
+        if text is None:
+            continue
+        try:
+            values[setting.name] = setting.metadata["parse"](text)
+        except ValueError as error:
+            raise ConfigError(f"{source}: {error}") from None
+    return ServerConfig(**values)

@@ -1,0 +1,86 @@
+from __future__ import annotations
+
+import argparse
+
+import pytest
+
+from server.config import ConfigError, ServerConfig, add_arguments, config_from, parse_bytes
+
+
+def configure(*flags: str, environment: dict[str, str] | None = None) -> ServerConfig:
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    return config_from(parser.parse_args(flags), environment or {})
+
+
+def test_a_flag_beats_its_variable_and_a_variable_beats_the_default() -> None:
+    assert configure().port == 8000
+    assert configure(environment={"INFLIGHTD_PORT": "9000"}).port == 9000
+    assert configure("--port", "9001", environment={"INFLIGHTD_PORT": "9000"}).port == 9001
+    assert configure(environment={"INFLIGHTD_MODEL": "m.gguf"}).model == "m.gguf"
+    assert configure("n.gguf", environment={"INFLIGHTD_MODEL": "m.gguf"}).model == "n.gguf"
+
+
+def test_every_setting_has_a_flag_and_a_variable() -> None:
+    values = {
+        "model": ("a.gguf", "a.gguf"),
+        "served_model_name": ("x, y", ("x", "y")),
+        "dtype": ("float32", "float32"),
+        "max_model_len": ("77", 77),
+        "host": ("::1", "::1"),
+        "port": ("0", 0),
+        "max_body_bytes": ("1MiB", 2**20),
+        "metrics_prefix": ("vllm:", "vllm"),
+        "shutdown_timeout": ("3", 3),
+        "log_level": ("debug", "debug"),
+        "kv_cache_bytes": ("2G", 2 * 10**9),
+        "block_size": ("32", 32),
+        "max_num_seqs": ("5", 5),
+        "max_num_batched_tokens": ("6", 6),
+        "threads": ("1", 1),
+    }
+    assert set(values) == set(ServerConfig.__dataclass_fields__)
+    environment = {f"INFLIGHTD_{name.upper()}": text for name, (text, _) in values.items()}
+    from_environment = configure(environment=environment)
+    flags = [text for name, (text, _) in values.items() if name == "model"]
+    for name, (text, _) in values.items():
+        if name != "model":
+            flags += ["--" + name.replace("_", "-"), text]
+    assert from_environment == configure(*flags)
+    for name, (_, value) in values.items():
+        assert getattr(from_environment, name) == value
+
+
+@pytest.mark.parametrize(
+    ("flag", "text", "says"),
+    [
+        ("--port", "65536", "--port: 65536 is out of range: it must be from 0 to 65535"),
+        ("--port", "http", "--port: 'http' is not a whole number"),
+        ("--dtype", "fp4", "--dtype: 'fp4' is not one of auto, float32, int8"),
+        ("--kv-cache-bytes", "many", "--kv-cache-bytes: 'many' is not a size"),
+        ("--kv-cache-bytes", "0", "--kv-cache-bytes: it must be at least one byte"),
+        ("--max-num-seqs", "0", "--max-num-seqs: 0 is out of range"),
+        ("--metrics-prefix", "a b", "--metrics-prefix: 'a b' is not a metric prefix"),
+        ("--served-model-name", ",", "--served-model-name: it needs at least one name"),
+    ],
+)
+def test_a_wrong_value_is_named(flag: str, text: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says.replace("(", r"\(")):
+        configure(flag, text)
+    variable = "INFLIGHTD_" + flag[2:].upper().replace("-", "_")
+    with pytest.raises(ConfigError, match=variable):
+        configure(environment={variable: text})
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [("5", 5), ("1k", 1000), ("1KiB", 1024), ("1.5 MiB", 3 * 2**19), ("2gb", 2 * 10**9), ("3Gi", 3 * 2**30)],
+)
+def test_sizes(text: str, value: int) -> None:
+    assert parse_bytes(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "-1", "1x", "MiB", "1e3", "NaN"])
+def test_no_sizes(text: str) -> None:
+    with pytest.raises(ValueError, match="not a size"):
+        parse_bytes(text)
