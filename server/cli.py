@@ -1,0 +1,77 @@
+"""The command line: ``inflightd serve``, ``inflightd chat``, ``inflightd --version``."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import sys
+from collections.abc import Sequence
+
+from server.config import ConfigError, add_arguments, config_from
+
+_SERVE_HELP = """\
+Serves a model over an OpenAI-compatible HTTP API.
+
+Each flag can be given as an environment variable too: INFLIGHTD_PORT=9000 is --port 9000.
+A flag on the command line wins."""
+
+_EXAMPLES = """\
+examples:
+  inflightd serve                              the embedded default model, on http://127.0.0.1:8000
+  inflightd serve model.gguf --port 9000       a GGUF file
+  inflightd serve ./Llama-3.2-1B --dtype float32
+  inflightd chat                               talk to a running server"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; returns the exit status (2: wrong usage, 1: it could not run)."""
+    parser = argparse.ArgumentParser(
+        prog="inflightd",
+        description="OpenAI-compatible serving daemon for large language models.",
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = importlib.metadata.version("inflightd")
+    parser.add_argument("--version", action="version", version=f"inflightd {version}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    serve = commands.add_parser(
+        "serve",
+        help="serve a model over HTTP",
+        description=_SERVE_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add_arguments(serve)
+    chat = commands.add_parser("chat", help="talk to a running server in the terminal")
+    chat.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    chat.add_argument("--model", help="one of the names that the server serves (default: its first)")
+    chat.add_argument("--system", metavar="TEXT", help="system message")
+    chat.add_argument("--temperature", type=float, help="0 gives the most likely answer")
+    chat.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
+    parsed = parser.parse_args(arguments)
+    try:
+        if parsed.command == "serve":
+            return _serve(parsed)
+        from server.terminal_chat import run_chat
+
+        return run_chat(parsed.url, parsed.model, parsed.system, parsed.temperature, parsed.max_tokens)
+    except KeyboardInterrupt:
+        return 130
+
+
+def _serve(parsed: argparse.Namespace) -> int:
+    from server.launch import LaunchError, serve
+    from server.model_source import ModelSourceError
+
+    try:
+        serve(config_from(parsed))
+    except ConfigError as error:
+        print(f"inflightd serve: {error}", file=sys.stderr)
+        return 2
+    except (LaunchError, ModelSourceError) as error:
+        print(f"inflightd serve: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,45 @@
+"""What ``inflightd serve`` shows in the terminal while it starts."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TextIO
+
+from server.transport import Progress, Ready
+
+_BAR_WIDTH = 30
+
+
+class Console:
+    """Progress bars on a terminal, one line a stage elsewhere, and at last the address with a line to copy."""
+
+    def __init__(self, model: str, url: str, started: float, stream: TextIO = sys.stderr) -> None:
+        self._model = model
+        self._url = url
+        self._started = started
+        self._stream = stream
+
+    def show_progress(self, progress: Progress) -> None:
+        is_done = progress.done >= progress.total
+        if self._stream.isatty():
+            filled = _BAR_WIDTH * progress.done // max(progress.total, 1)
+            bar = "█" * filled + "░" * (_BAR_WIDTH - filled)
+            percent = 100 * progress.done // max(progress.total, 1)
+            self._write(f"\r{progress.stage:<24} {bar} {percent:3d} %" + ("\n" if is_done else ""))
+        elif is_done:
+            self._write(f"{progress.stage}: done\n")
+
+    def show_ready(self, ready: Ready) -> None:
+        seconds = time.monotonic() - self._started
+        body = json.dumps({"model": self._model, "messages": [{"role": "user", "content": "Hello!"}]})
+        self._write(
+            f"\n{ready.memory_plan}\n\n"
+            f"Serving {self._model} on {ready.spec.device} at {self._url} (ready in {seconds:.1f} s)\n"
+            f"curl {self._url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+        )
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()

@@ -1,0 +1,235 @@
+"""The API process's view of the engine: starts it, keeps it alive, and hands out one stream a request."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+
+from scheduler.messages import EngineOutput, EngineOutputs, EngineStats, ExecutorSpec, FinishReason, Request
+from server.config import ServerConfig
+from server.errors import EngineDeadError
+from server.transport import ApiEnd, Kind, Progress, Ready, Start, TransportError, private_address
+
+_log = logging.getLogger(__name__)
+
+# An engine that ends this often within the time will end again: give up and say so.
+_MAX_RESTARTS = 3
+_RESTART_WINDOW_S = 120.0
+_QUIT_GRACE_S = 5.0
+
+
+class EngineStartError(Exception):
+    """The engine refused to start; the message is meant for the user."""
+
+
+class _Stream:
+    """Outputs of one request on their way to its consumer. Those that pile up are handed over as one."""
+
+    __slots__ = ("_arrived", "_pending")
+
+    def __init__(self) -> None:
+        self._pending: list[EngineOutput] = []
+        self._arrived = asyncio.Event()
+
+    def put(self, output: EngineOutput) -> None:
+        self._pending.append(output)
+        self._arrived.set()
+
+    async def get(self) -> EngineOutput:
+        await self._arrived.wait()
+        self._arrived.clear()
+        pending, self._pending = self._pending, []
+        return pending[0] if len(pending) == 1 else _joined(pending)
+
+
+def _joined(outputs: list[EngineOutput]) -> EngineOutput:
+    first, last = outputs[0], outputs[-1]
+    logprobs = [record for output in outputs for record in output.logprobs or ()]
+    prompt_logprobs = next((o.prompt_logprobs for o in outputs if o.prompt_logprobs is not None), None)
+    return EngineOutput(
+        request_id=first.request_id,
+        token_ids=tuple(token for output in outputs for token in output.token_ids),
+        logprobs=tuple(logprobs) if any(o.logprobs is not None for o in outputs) else None,
+        prompt_logprobs=prompt_logprobs,
+        finish_reason=last.finish_reason,
+        num_cached_tokens=first.num_cached_tokens,
+        first_scheduled_time=first.first_scheduled_time,
+        error=last.error,
+    )
+
+
+class ZmqEngineClient:
+    """Runs one engine process and talks to it over ZeroMQ (implements ``server.engine_protocol``).
+
+    Requests that run when the engine dies end with an error; the engine is started again at once.
+    """
+
+    def __init__(
+        self,
+        config: ServerConfig,
+        model_path: str,
+        *,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+        on_ready: Callable[[Ready], None] = lambda ready: None,
+        on_failure: Callable[[str], None] = lambda reason: None,
+    ) -> None:
+        self._start_message = Start(config, model_path)
+        self._on_progress = on_progress
+        self._on_ready = on_ready
+        self._on_failure = on_failure
+        self._streams: dict[str, _Stream] = {}
+        self._connection: ApiEnd | None = None
+        self._process: asyncio.subprocess.Process | None = None
+        self._supervisor: asyncio.Task[None] | None = None
+        self._spec: ExecutorSpec | None = None
+        self._is_ready = False
+        self._failure: str | None = None
+        self.stats = EngineStats()
+
+    @property
+    def spec(self) -> ExecutorSpec:
+        """What the engine offers. Raises EngineDeadError before the engine was ready for the first time."""
+        if self._spec is None:
+            raise EngineDeadError(self._failure or "the model is still being loaded")
+        return self._spec
+
+    @property
+    def is_ready(self) -> bool:
+        return self._is_ready
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine has died too often to be started again."""
+        return self._failure is None
+
+    @property
+    def process_id(self) -> int | None:
+        return None if self._process is None else self._process.pid
+
+    def start(self) -> None:
+        """Starts the engine process; returns at once."""
+        self._supervisor = asyncio.create_task(self._supervise())
+
+    async def stop(self) -> None:
+        """Asks the engine to quit, waits a moment, and ends it if it does not."""
+        if self._supervisor is not None:
+            self._supervisor.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._supervisor
+        self._fail_streams("the server is shutting down")
+
+    async def generate(self, request: Request) -> AsyncIterator[EngineOutput]:
+        """Outputs of a request until one has a finish reason. Closing the iterator aborts the request.
+
+        Raises:
+            EngineDeadError: the engine is not running, or died meanwhile.
+        """
+        if not self._is_ready or self._connection is None:
+            raise EngineDeadError(self._failure or "the engine is not ready")
+        stream = self._streams[request.request_id] = _Stream()
+        self._connection.send(Kind.REQUEST, request)
+        is_finished = False
+        try:
+            while not is_finished:
+                output = await stream.get()
+                is_finished = output.finish_reason is not None
+                yield output
+        finally:
+            # The same id may not be taken by somebody else: the front end makes ids, never the client.
+            self._streams.pop(request.request_id, None)
+            if not is_finished:
+                self.abort(request.request_id)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request in the engine; one that has ended already is no error."""
+        if self._is_ready and self._connection is not None:
+            self._connection.send(Kind.ABORT, request_id)
+
+    async def _supervise(self) -> None:
+        ends: deque[float] = deque(maxlen=_MAX_RESTARTS)
+        while True:
+            reason = await self._run_once()
+            self._is_ready = False
+            self._fail_streams(reason)
+            now = time.monotonic()
+            died_too_often = len(ends) == _MAX_RESTARTS and now - ends[0] < _RESTART_WINDOW_S
+            if self._spec is None or died_too_often:
+                self._failure = reason
+                self._on_failure(reason)
+                return
+            ends.append(now)
+            _log.error("the engine process ended (%s); starting it again", reason)
+
+    async def _run_once(self) -> str:
+        """One life of the engine process, from its start to its end; returns why it ended."""
+        with private_address() as address:
+            connection = ApiEnd(address)
+            # The engine is a process of its own so that it may die alone; it follows us if we die first.
+            process = await asyncio.create_subprocess_exec(
+                sys.executable, "-m", "server.launch", address, stdin=asyncio.subprocess.DEVNULL
+            )
+            self._process, self._connection = process, connection
+            reader = asyncio.create_task(self._read(connection))
+            exited = asyncio.create_task(process.wait())
+            try:
+                connection.send(Kind.START, self._start_message)
+                await asyncio.wait((reader, exited), return_when=asyncio.FIRST_COMPLETED)
+                # What the engine still had to say is in the socket: let it be read.
+                await asyncio.wait((reader,), timeout=0.5)
+                if reader.done() and not reader.cancelled():
+                    error = reader.exception()
+                    return str(error) if error is not None else "it ended"
+                return _described_exit(process.returncode)
+            finally:
+                reader.cancel()
+                if process.returncode is None:
+                    connection.send(Kind.QUIT)
+                    with contextlib.suppress(TimeoutError):
+                        await asyncio.wait_for(asyncio.shield(exited), _QUIT_GRACE_S)
+                if process.returncode is None:
+                    process.kill()
+                await exited
+                self._connection = None
+                connection.close()
+
+    async def _read(self, connection: ApiEnd) -> None:
+        while True:
+            kind, body = await connection.receive()
+            if kind is Kind.OUTPUTS:
+                self._dispatch(body)
+            elif kind is Kind.PROGRESS:
+                self._on_progress(body)
+            elif kind is Kind.READY:
+                self._spec = body.spec
+                self._is_ready = True
+                self._on_ready(body)
+            elif kind is Kind.FAILED:
+                raise EngineStartError(body)
+            else:
+                raise TransportError(f"an API process does not take {kind.name}")
+
+    def _dispatch(self, message: EngineOutputs) -> None:
+        self.stats = message.stats
+        for output in message.outputs:
+            # A stream that was closed has gone; its last outputs may still be on their way.
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+
+    def _fail_streams(self, reason: str) -> None:
+        for request_id, stream in self._streams.items():
+            stream.put(EngineOutput(request_id, finish_reason=FinishReason.ERROR, error=reason))
+        self.stats = EngineStats()
+
+
+def _described_exit(code: int | None) -> str:
+    if code is not None and code < 0:
+        with contextlib.suppress(ValueError):
+            return f"ended by {signal.Signals(-code).name}"
+    return f"exit status {code}"

@@ -1,0 +1,184 @@
+"""Composition root: puts the API process and the engine process together.
+
+``python -m server.launch ADDRESS`` is how the API process starts the engine process. The two sides import
+their own halves only, inside the functions below: the engine knows no FastAPI, the API process no ONNX Runtime.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import logging
+import os
+import signal
+import socket
+import sys
+import time
+from pathlib import Path
+
+from server.config import ServerConfig
+from server.model_source import ModelSource, cache_directory, find_model
+
+_log = logging.getLogger(__name__)
+_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+
+
+class LaunchError(Exception):
+    """The server cannot start; the message says what to change."""
+
+
+def serve(config: ServerConfig) -> None:
+    """Serves until SIGINT or SIGTERM.
+
+    Raises:
+        LaunchError, ModelSourceError: before anything is served, with a message for the user.
+    """
+    import uvloop
+
+    logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
+    listener = _listen(config)
+    with listener:
+        source = find_model(config.model)
+        uvloop.run(_serve(config, source, listener))
+
+
+def _listen(config: ServerConfig) -> socket.socket:
+    """Binds first of all: a port that is taken should be known before gigabytes are loaded."""
+    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((config.host, config.port))
+        listener.listen(2048)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise LaunchError(
+            f"cannot listen on {config.host} port {config.port}: {reason}. Choose another with --port "
+            "(0 takes a free one) or --host."
+        ) from None
+    return listener
+
+
+async def _serve(config: ServerConfig, source: ModelSource, listener: socket.socket) -> None:
+    from server.console import Console
+    from server.engine_client import ZmqEngineClient
+
+    started = time.monotonic()
+    console = Console(source.name, _url(listener), started)
+    loop = asyncio.get_running_loop()
+    failed = asyncio.Event()
+    failures: list[str] = []
+
+    def on_failure(reason: str) -> None:
+        failures.append(reason)
+        failed.set()
+
+    engine = ZmqEngineClient(
+        config,
+        str(source.path),
+        on_progress=console.show_progress,
+        on_ready=console.show_ready,
+        on_failure=on_failure,
+    )
+    engine.start()
+    try:
+        # While the engine imports and loads, this process does the same with its own half.
+        import uvicorn
+
+        from server.app import create_app
+        from server.tokenizer import load_tokenizer
+
+        tokenizer = await loop.run_in_executor(None, load_tokenizer, source.path)
+        app = create_app(config, engine, tokenizer)
+        server = uvicorn.Server(
+            uvicorn.Config(
+                app,
+                log_config=None,
+                access_log=False,
+                http="httptools",
+                ws="none",
+                lifespan="off",
+                server_header=False,
+                timeout_graceful_shutdown=config.shutdown_timeout,
+            )
+        )
+        watcher = asyncio.create_task(_exit_on(failed, server))
+        await server.serve(sockets=[listener])
+        watcher.cancel()
+    finally:
+        await engine.stop()
+    if failures:
+        raise LaunchError(failures[0])
+
+
+async def _exit_on(failed: asyncio.Event, server: object) -> None:
+    await failed.wait()
+    server.should_exit = True  # type: ignore[attr-defined]
+
+
+def _url(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def run_engine(address: str) -> int:
+    """The engine process: loads what the first message says, then steps until it is told to quit."""
+    _follow_parent()
+    # ^C reaches the whole terminal; the API process drains first and then says QUIT.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory() / "numba"))
+
+    from server.transport import EngineEnd, Kind, Ready
+
+    end = EngineEnd(address)
+    try:
+        kind, start = end.receive()
+        if kind is not Kind.START:
+            raise ValueError(f"the first message was {kind.name}, not START")
+        logging.basicConfig(level=start.config.log_level.upper(), format=_LOG_FORMAT)
+
+        from engine_runtime.factory import RuntimeConfig, create_executor
+        from engine_runtime.weights import CheckpointError, MemoryPlanError
+        from scheduler.engine_core import EngineCore
+
+        config: ServerConfig = start.config
+        began = time.monotonic()
+        try:
+            executor, plan = create_executor(
+                RuntimeConfig(
+                    model_path=Path(start.model_path),
+                    dtype=config.dtype,
+                    max_model_len=config.max_model_len,
+                    kv_cache_bytes=config.kv_cache_bytes,
+                    max_num_seqs=config.max_num_seqs,
+                    max_num_batched_tokens=config.max_num_batched_tokens,
+                    block_size=config.block_size,
+                    num_threads=config.threads,
+                ),
+                end.progress(),
+            )
+        except (CheckpointError, MemoryPlanError) as error:
+            end.send(Kind.FAILED, str(error))
+            return 1
+        core = EngineCore(executor)
+        end.send(Kind.READY, Ready(executor.spec, plan.table(), time.monotonic() - began))
+        end.run(core)
+        core.shutdown()
+    finally:
+        end.close()
+    return 0
+
+
+def _follow_parent() -> None:
+    """Has the kernel end this process when the API process dies, however it dies (Linux, prctl(2))."""
+    if sys.platform != "linux":
+        return
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    if os.getppid() == 1:  # the parent was gone before we asked
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    sys.exit(run_engine(sys.argv[1]))

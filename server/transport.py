@@ -1,0 +1,190 @@
+"""The two ends of the line between an API process and its engine process: ZeroMQ carrying msgpack.
+
+Each message is two frames: one byte that names its kind, then a msgpack body whose type the kind fixes.
+The line is a PAIR over a unix socket in a directory that only this user may enter; the API end binds it,
+so that an engine that dies leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import zmq
+import zmq.asyncio
+
+from scheduler.engine_core import EngineCore
+from scheduler.messages import EngineOutputs, ExecutorSpec, Request
+from server.config import ServerConfig
+
+_log = logging.getLogger(__name__)
+
+_INVARIANTS_EVERY_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """First message to an engine: what to load."""
+
+    config: ServerConfig
+    model_path: str
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """How far the engine has come with loading, in units of the stage."""
+
+    stage: str
+    done: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class Ready:
+    """The engine answers from now on."""
+
+    spec: ExecutorSpec
+    memory_plan: str
+    load_seconds: float
+
+
+class Kind(bytes, Enum):
+    """First frame of a message."""
+
+    START = b"S"
+    REQUEST = b"A"
+    ABORT = b"X"
+    QUIT = b"Q"
+    PROGRESS = b"P"
+    READY = b"R"
+    OUTPUTS = b"O"
+    FAILED = b"F"
+
+
+_BODY_TYPES: dict[Kind, Any] = {
+    Kind.START: Start,
+    Kind.REQUEST: Request,
+    Kind.ABORT: str,
+    Kind.QUIT: None,
+    Kind.PROGRESS: Progress,
+    Kind.READY: Ready,
+    Kind.OUTPUTS: EngineOutputs,
+    Kind.FAILED: str,
+}
+_DECODERS = {kind: msgspec.msgpack.Decoder(body) for kind, body in _BODY_TYPES.items()}
+_encoder = msgspec.msgpack.Encoder()
+
+
+class TransportError(Exception):
+    """A message that is none of ours."""
+
+
+def encode(kind: Kind, body: object = None) -> tuple[bytes, bytes]:
+    return kind.value, _encoder.encode(body)
+
+
+def decode(frames: list[bytes]) -> tuple[Kind, Any]:
+    """Raises TransportError for anything that ``encode`` did not make."""
+    try:
+        name, body = frames
+        kind = Kind(name)
+        return kind, _DECODERS[kind].decode(body)
+    except (ValueError, msgspec.DecodeError) as error:
+        raise TransportError(f"bad message between API and engine process: {error}") from error
+
+
+@contextlib.contextmanager
+def private_address() -> Iterator[str]:
+    """A ZeroMQ address below a fresh directory of mode 0700, removed afterwards."""
+    directory = tempfile.mkdtemp(prefix="inflightd-")
+    try:
+        yield f"ipc://{Path(directory) / 'engine'}"
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+class ApiEnd:
+    """The API process's end. Sends at once, receives on the event loop."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.asyncio.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        # Nothing may be dropped or block here: admission bounds what is in flight, not the socket.
+        self._socket.set_hwm(0)
+        self._socket.bind(address)
+
+    def send(self, kind: Kind, body: object = None) -> None:
+        self._socket.send_multipart(encode(kind, body))
+
+    async def receive(self) -> tuple[Kind, Any]:
+        return decode(await self._socket.recv_multipart())
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+
+class EngineEnd:
+    """The engine process's end: feeds an ``EngineCore`` and sends back what its steps produce."""
+
+    def __init__(self, address: str) -> None:
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.PAIR)
+        self._socket.setsockopt(zmq.LINGER, 1000)
+        self._socket.set_hwm(0)
+        self._socket.connect(address)
+
+    def receive(self) -> tuple[Kind, Any]:
+        return decode(self._socket.recv_multipart())
+
+    def send(self, kind: Kind, body: object = None) -> None:
+        self._socket.send_multipart(encode(kind, body))
+
+    def run(self, core: EngineCore) -> None:
+        """Steps the core while it has work and sleeps in the socket while it has none, until QUIT."""
+        next_check = 0.0
+        while True:
+            if not core.has_work:
+                if time.monotonic() >= next_check:
+                    core.check_invariants()
+                    next_check = time.monotonic() + _INVARIANTS_EVERY_S
+                self._socket.poll()
+            while self._socket.poll(0):
+                kind, body = self.receive()
+                if kind is Kind.REQUEST:
+                    core.add_request(body)
+                elif kind is Kind.ABORT:
+                    core.abort(body)
+                elif kind is Kind.QUIT:
+                    return
+                else:
+                    raise TransportError(f"an engine does not take {kind.name}")
+            if core.has_work:
+                self.send(Kind.OUTPUTS, core.step())
+
+    def close(self) -> None:
+        self._socket.close()
+        self._context.term()
+
+    def progress(self) -> Callable[[str, int, int], None]:
+        """A callback that reports loading, at most 20 times a second and always the end of a stage."""
+        last_sent = 0.0
+
+        def report(stage: str, done: int, total: int) -> None:
+            nonlocal last_sent
+            now = time.monotonic()
+            if done >= total or now - last_sent >= 0.05:
+                last_sent = now
+                self.send(Kind.PROGRESS, Progress(stage, done, total))
+
+        return report
