@@ -13,7 +13,7 @@ _BAR_WIDTH = 30
 
 
 class Console:
-    """Progress bars on a terminal, one line a stage elsewhere, and at last the address with a line to copy."""
+    """Progress bars on a terminal, one line a stage elsewhere; at last the address and a line to copy."""
 
     def __init__(self, model: str, url: str, started: float, stream: TextIO = sys.stderr) -> None:
         self._model = model

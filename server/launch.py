@@ -1,7 +1,8 @@
 """Composition root: puts the API process and the engine process together.
 
 ``python -m server.launch ADDRESS`` is how the API process starts the engine process. The two sides import
-their own halves only, inside the functions below: the engine knows no FastAPI, the API process no ONNX Runtime.
+their own halves only, inside the functions below: the engine knows no FastAPI, the API process no
+ONNX Runtime.
 """
 
 from __future__ import annotations

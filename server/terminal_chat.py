@@ -27,7 +27,7 @@ def run_chat(
     source: TextIO = sys.stdin,
     sink: TextIO = sys.stdout,
 ) -> int:
-    """Reads messages from ``source`` until its end and writes the answers to ``sink``; returns the exit status."""
+    """Reads messages from ``source`` until its end, writes answers to ``sink``; returns the exit status."""
     settings: dict[str, Any] = {"temperature": temperature, "max_tokens": max_tokens}
     settings = {name: value for name, value in settings.items() if value is not None}
     opening = [] if system is None else [{"role": "system", "content": system}]

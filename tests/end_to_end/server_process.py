@@ -1,0 +1,84 @@
+"""A real ``inflightd serve`` for the tests: two processes, a real port, the real default model."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Self
+
+import httpx
+
+
+class ServerProcess:
+    """Started by ``with``; ended by SIGTERM, and by SIGKILL if that takes over 20 s."""
+
+    def __init__(self, *flags: str, environment: dict[str, str] | None = None) -> None:
+        self._flags = flags
+        self._environment = environment or {}
+        self.lines: list[str] = []
+        self.url = ""
+        self._has_url = threading.Event()
+
+    def __enter__(self) -> Self:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "server.cli", "serve", "--port", "0", *self._flags],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | self._environment,
+        )
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+        deadline = time.monotonic() + 90
+        while not self._has_url.wait(0.05):
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                self.__exit__()
+                raise RuntimeError("the server did not start:\n" + "\n".join(self.lines))
+        return self
+
+    def _read(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.lines.append(line.rstrip("\n"))
+            found = re.search(r" at (http://\S+) \(ready in", line)
+            if found:
+                self.url = found[1]
+                self._has_url.set()
+
+    def __exit__(self, *exception: object) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(20)
+            except subprocess.TimeoutExpired:
+                self.process.kill()
+                self.process.wait()
+        self._reader.join(10)
+        assert self.process.stderr is not None
+        self.process.stderr.close()
+
+    @property
+    def engine_pid(self) -> int:
+        children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
+        for child in map(int, children):
+            if b"server.launch" in Path(f"/proc/{child}/cmdline").read_bytes():
+                return child
+        raise RuntimeError("the server has no engine process")
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without its prefix, summed over its labels."""
+        text = httpx.get(f"{self.url}/metrics").text
+        values = re.findall(rf"^inflightd:{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+        assert values, f"{name} is not in /metrics"
+        return sum(map(float, values))
+
+    def wait_until(self, name: str, value: float, seconds: float = 5.0) -> None:
+        deadline = time.monotonic() + seconds
+        while (seen := self.metric(name)) != value:
+            assert time.monotonic() < deadline, f"{name} is {seen}, not {value}, after {seconds} s"
+            time.sleep(0.02)

@@ -1,0 +1,147 @@
+"""Life of the two processes: start, readiness, disconnects, idleness, ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.end_to_end.server_process import ServerProcess
+
+LONG = {
+    "prompt": "Once upon a time",
+    "max_tokens": 1500,
+    "ignore_eos": True,
+    "model": "smollm2-135m-instruct",
+}
+
+
+def test_it_prints_a_plan_a_url_and_a_curl_line_that_works(server: ServerProcess) -> None:
+    text = "\n".join(server.lines)
+    assert "blocks" in text
+    curl = next(line for line in server.lines if line.startswith("curl "))
+    done = subprocess.run(["sh", "-c", curl + " -sS"], capture_output=True, text=True, timeout=60, check=True)
+    assert '"chat.completion"' in done.stdout
+
+
+def test_a_client_that_leaves_frees_its_blocks(server: ServerProcess) -> None:
+    server.wait_until("kv_cache_usage_perc", 0)
+    with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}) as response:
+        lines = response.iter_lines()
+        for _ in range(6):
+            next(lines)
+        assert server.metric("num_requests_running") == 1
+        assert server.metric("kv_cache_usage_perc") > 0
+    server.wait_until("num_requests_running", 0, seconds=1.0)
+    server.wait_until("kv_cache_usage_perc", 0, seconds=1.0)
+
+
+def test_a_client_that_leaves_while_waiting_for_the_whole_frees_its_blocks(server: ServerProcess) -> None:
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(f"{server.url}/v1/completions", json=LONG, timeout=httpx.Timeout(5, read=0.5))
+    server.wait_until("num_requests_running", 0, seconds=1.0)
+    server.wait_until("kv_cache_usage_perc", 0, seconds=1.0)
+
+
+def _cpu_seconds(pid: int) -> float:
+    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def test_an_idle_server_uses_less_than_one_percent_of_a_core(server: ServerProcess) -> None:
+    httpx.post(f"{server.url}/v1/completions", json=LONG | {"max_tokens": 4})
+    pids = (server.process.pid, server.engine_pid)
+    time.sleep(0.5)
+    before = sum(map(_cpu_seconds, pids))
+    time.sleep(4)
+    assert sum(map(_cpu_seconds, pids)) - before < 0.04
+
+
+def test_an_engine_that_dies_is_started_again(smollm2_path: Path) -> None:
+    with ServerProcess("--max-model-len", "512", "--served-model-name", "a,b") as server:
+        old = server.engine_pid
+        with httpx.stream(
+            "POST",
+            f"{server.url}/v1/completions",
+            json=LONG | {"model": "b", "stream": True, "max_tokens": 400},
+        ) as response:
+            lines = response.iter_lines()
+            next(lines)
+            os.kill(old, signal.SIGKILL)
+            rest = [line for line in lines if line]
+        assert '"error"' in rest[-1]
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        deadline = time.monotonic() + 30
+        while httpx.get(f"{server.url}/health/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert server.engine_pid != old
+        answer = httpx.post(f"{server.url}/v1/completions", json=LONG | {"model": "a", "max_tokens": 3})
+        assert answer.json()["usage"]["completion_tokens"] == 3
+        engine = server.engine_pid
+    assert server.process.returncode == 0
+    with pytest.raises(ProcessLookupError):
+        os.kill(engine, 0)
+
+
+def test_the_engine_follows_a_killed_server(smollm2_path: Path) -> None:
+    with ServerProcess("--max-model-len", "512") as server:
+        engine = server.engine_pid
+        server.process.kill()
+        server.process.wait()
+        deadline = time.monotonic() + 5
+        while Path(f"/proc/{engine}").exists() and "Z" not in _state(engine):
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+
+def _state(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return "Z"
+
+
+def _refused(*arguments: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "server.cli", "serve", "--port", "0", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        env=os.environ | (environment or {}),
+        check=False,
+    )
+    return done.returncode, done.stderr
+
+
+def test_a_taken_port_is_named() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = str(taken.getsockname()[1])
+        status, message = _refused("--port", port)
+    assert status == 1
+    assert f"cannot listen on 127.0.0.1 port {port}" in message
+    assert "Traceback" not in message
+
+
+def test_a_pool_that_cannot_hold_one_sequence_is_refused(smollm2_path: Path) -> None:
+    status, message = _refused("--kv-cache-bytes", "1MiB")
+    assert status == 1
+    assert "--kv-cache-bytes" in message
+    assert "--max-model-len" in message
+    assert "Traceback" not in message
+
+
+def test_a_broken_checkpoint_is_refused(tmp_path: Path) -> None:
+    broken = tmp_path / "broken.gguf"
+    broken.write_bytes(b"GGUF" + b"\xff" * 100)
+    status, message = _refused(str(broken))
+    assert status == 1
+    assert "broken.gguf" in message
+    assert "Traceback" not in message

