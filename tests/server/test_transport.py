@@ -1,0 +1,138 @@
+from __future__ import annotations
+
+import asyncio
+import stat
+import threading
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from scheduler.engine_core import EngineCore
+from scheduler.hashing_executor import HashingExecutor
+from scheduler.messages import (
+    EngineOutput,
+    EngineOutputs,
+    EngineStats,
+    ExecutorSpec,
+    FinishReason,
+    Request,
+    SamplingParams,
+    TokenLogprobs,
+)
+from server.config import ServerConfig
+from server.transport import (
+    ApiEnd,
+    EngineEnd,
+    Kind,
+    Progress,
+    Ready,
+    Start,
+    TransportError,
+    decode,
+    encode,
+    private_address,
+)
+
+SPEC = ExecutorSpec("m", 16, 4, 32, 64, 8, 16, "cpu")
+MESSAGES = [
+    (Kind.START, Start(ServerConfig(model="x", served_model_name=("a", "b")), "/models/x")),
+    (
+        Kind.REQUEST,
+        Request("r", (1, 2), SamplingParams(logit_bias=((3, -1.5),), stop_token_ids=(0,)), 1.25, -1, "salt"),
+    ),
+    (Kind.ABORT, "r"),
+    (Kind.QUIT, None),
+    (Kind.PROGRESS, Progress("weights", 3, 9)),
+    (Kind.READY, Ready(SPEC, "plan", 1.5)),
+    (
+        Kind.OUTPUTS,
+        EngineOutputs(
+            (
+                EngineOutput(
+                    "r", (5,), (TokenLogprobs(5, -0.5, 1, ((5, -0.5),)),), None, FinishReason.LENGTH, 4, 2.5
+                ),
+            ),
+            EngineStats(num_running=1, kv_cache_usage=0.5),
+        ),
+    ),
+    (Kind.FAILED, "no memory"),
+]
+
+
+@pytest.mark.parametrize(("kind", "body"), MESSAGES, ids=lambda value: getattr(value, "name", ""))
+def test_a_message_comes_back_as_it_was(kind: Kind, body: object) -> None:
+    assert decode(list(encode(kind, body))) == (kind, body)
+
+
+def test_every_kind_is_covered() -> None:
+    assert {kind for kind, _ in MESSAGES} == set(Kind)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        [],
+        [b"A"],
+        [b"?", b"\xc0"],
+        [b"A", b""],
+        [b"A", b"\xff\xff"],
+        [b"A", msgspec.msgpack.encode({"request_id": 5})],
+        [b"X", msgspec.msgpack.encode(["r"])],
+        [b"\x80\x04.", b"\xc0"],
+        [b"A", b"\xc0", b"\xc0"],
+    ],
+)
+def test_anything_else_is_refused(frames: list[bytes]) -> None:
+    with pytest.raises(TransportError):
+        decode(frames)
+
+
+def test_the_socket_is_in_a_private_directory() -> None:
+    with private_address() as address:
+        directory = Path(address.removeprefix("ipc://")).parent
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+    assert not directory.exists()
+
+
+async def test_an_engine_core_behind_the_line() -> None:
+    executor = HashingExecutor(num_blocks=64, block_size=4)
+    core = EngineCore(executor)
+    alone = EngineCore(HashingExecutor(num_blocks=64, block_size=4))
+    request = Request("r", (1, 0, 1, 1, 0), SamplingParams(max_tokens=9))
+    alone.add_request(request)
+    expected: list[int] = []
+    while alone.has_work:
+        for output in alone.step().outputs:
+            expected += output.token_ids
+    with private_address() as address:
+        api = ApiEnd(address)
+        engine = EngineEnd(address)
+        thread = threading.Thread(target=lambda: (engine.run(core), engine.close()))
+        thread.start()
+        try:
+            api.send(Kind.REQUEST, request)
+            tokens: list[int] = []
+            while True:
+                kind, body = await asyncio.wait_for(api.receive(), 10)
+                assert kind is Kind.OUTPUTS
+                for output in body.outputs:
+                    tokens += output.token_ids
+                if any(output.finish_reason is not None for output in body.outputs):
+                    break
+            assert tokens == expected
+            assert len(tokens) == 9
+            api.send(Kind.REQUEST, Request("s", (1,), SamplingParams(max_tokens=100_000)))
+            api.send(Kind.ABORT, "s")
+            while True:
+                kind, body = await asyncio.wait_for(api.receive(), 10)
+                if any(output.finish_reason is not None for output in body.outputs):
+                    break
+            assert body.outputs[-1].finish_reason is FinishReason.ABORT
+            assert body.stats.num_running == 0
+        finally:
+            api.send(Kind.QUIT)
+            await asyncio.to_thread(thread.join, 10)
+            api.close()
+    assert not thread.is_alive()
+    core.check_invariants()
