@@ -1,0 +1,46 @@
+"""What the HTTP side asks of an engine. ``engine_client`` implements it over ZeroMQ, the tests in process."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator
+from typing import Protocol
+
+from scheduler.messages import EngineOutput, EngineStats, ExecutorSpec, Request
+
+
+class EngineClient(Protocol):
+    """An engine that takes requests and streams what becomes of them."""
+
+    @property
+    def spec(self) -> ExecutorSpec:
+        """What the engine offers. Raises EngineDeadError before it was ready for the first time."""
+        ...
+
+    @property
+    def stats(self) -> EngineStats:
+        """State after the last step that was reported."""
+        ...
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether a request would be taken now."""
+        ...
+
+    @property
+    def is_alive(self) -> bool:
+        """False once the engine is gone for good."""
+        ...
+
+    def generate(self, request: Request) -> AsyncGenerator[EngineOutput, None]:
+        """Outputs of a request, the last with a finish reason. Closing the generator aborts the request.
+
+        Outputs that pile up while nobody asks may be joined into one.
+
+        Raises:
+            EngineDeadError: from the generator, if the engine does not take the request.
+        """
+        ...
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request in the engine; one that has ended already is no error."""
+        ...

@@ -1,0 +1,134 @@
+"""Everything that can go wrong with a request, and OpenAI's error object that tells the client.
+
+The body is always ``{"error": {"message", "type", "param", "code"}}``. A message says what to change. It never
+holds a traceback, a path, an address, or more of the client's own text than a short, escaped piece.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import msgspec
+
+
+class ApiError(Exception):
+    """A request that is answered with an error. The subclasses fix status, type and usual code.
+
+    Attributes:
+        param: the field at fault, as a path such as ``messages[0].content``.
+        headers: sent with the response, such as ``retry-after``.
+    """
+
+    status = 500
+    type = "server_error"
+    default_code: str | None = None
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or self.default_code
+        self.headers = dict(headers or {})
+
+    def body(self) -> bytes:
+        """OpenAI's error object as JSON."""
+        return msgspec.json.encode(
+            {
+                "error": {
+                    "message": self.message,
+                    "type": self.type,
+                    "param": self.param,
+                    "code": self.code,
+                }
+            }
+        )
+
+
+class InvalidRequestError(ApiError):
+    status = 400
+    type = "invalid_request_error"
+
+
+class InvalidJsonError(InvalidRequestError):
+    default_code = "invalid_json"
+
+
+class UnsupportedParameterError(InvalidRequestError):
+    """A field of the API that this server knows but does not honour."""
+
+    default_code = "unsupported_parameter"
+
+
+class ContextLengthError(InvalidRequestError):
+    default_code = "context_length_exceeded"
+
+
+class ModelNotFoundError(InvalidRequestError):
+    status = 404
+    default_code = "model_not_found"
+
+
+class UnknownUrlError(InvalidRequestError):
+    status = 404
+    default_code = "unknown_url"
+
+
+class MethodNotAllowedError(InvalidRequestError):
+    status = 405
+    default_code = "method_not_allowed"
+
+
+class BodyTooLargeError(InvalidRequestError):
+    status = 413
+    default_code = "request_too_large"
+
+
+class UnsupportedMediaTypeError(InvalidRequestError):
+    status = 415
+    default_code = "unsupported_media_type"
+
+
+class InternalError(ApiError):
+    """A fault of ours. The cause is logged under the request id; the client learns the id only."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The server had an error while processing your request. If it persists, give the operator the "
+            "x-request-id of this response.",
+        )
+
+
+class EngineDeadError(ApiError):
+    """The engine is not there: still loading, being restarted, or gone.
+
+    ``reason`` is for the log. It may name paths, so that the client gets a fixed message.
+    """
+
+    status = 503
+    default_code = "engine_unavailable"
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(
+            "The model is not available at the moment. Try again in a few seconds.",
+            headers={"retry-after": "1"},
+        )
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return self.reason
+
+
+_EXCERPT_CHARS = 64
+
+
+def excerpt(text: str) -> str:
+    """The client's own text as an error message may show it: short, printable ASCII, quoted."""
+    shown = text if len(text) <= _EXCERPT_CHARS else text[:_EXCERPT_CHARS] + "..."
+    return ascii(shown)
