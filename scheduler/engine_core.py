@@ -1,0 +1,86 @@
+"""The step loop."""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, wait
+
+from scheduler.executor import Executor
+from scheduler.messages import EngineOutputs, EngineStats, ModelRunnerOutput, Request, SchedulerOutput
+from scheduler.scheduler import Scheduler, SchedulerConfig
+
+
+class EngineCore:
+    """A scheduler and an executor, run step by step in one thread.
+
+    Callers add and abort requests and call ``step`` while ``has_work``. With an executor that allows two
+    steps in flight, a step is scheduled and handed over while the device runs the one before it.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        spec = executor.spec
+        self._executor = executor
+        self._scheduler = Scheduler(
+            SchedulerConfig(
+                num_blocks=spec.num_blocks,
+                block_size=spec.block_size,
+                max_num_seqs=spec.max_num_seqs,
+                max_num_batched_tokens=spec.max_num_batched_tokens,
+                max_model_len=spec.max_model_len,
+                vocab_size=spec.vocab_size,
+                cache_seed=spec.model_id,
+            )
+        )
+        self._in_flight: deque[tuple[SchedulerOutput, Future[ModelRunnerOutput]]] = deque()
+
+    def step(self) -> EngineOutputs:
+        """Schedules and hands over one step; waits for the oldest in flight if no more may be.
+
+        Returns at once if there is no work. A step that fails ends its own sequences with ERROR; the next one
+        runs normally.
+        """
+        step = self._scheduler.schedule()
+        if step is not None:
+            self._in_flight.append((step, self._executor.execute(step)))
+        if self._in_flight and (step is None or len(self._in_flight) >= self._executor.max_in_flight):
+            oldest, future = self._in_flight.popleft()
+            try:
+                result = future.result()
+            except Exception as error:
+                self._scheduler.fail(oldest, error)
+            else:
+                self._scheduler.update(oldest, result)
+        return EngineOutputs(self._scheduler.take_outputs(), self._scheduler.stats)
+
+    def add_request(self, request: Request) -> None:
+        """Queues a request. One that can never run ends with ERROR at the next ``step``.
+
+        Raises ValueError if a request of this id is not finished yet.
+        """
+        self._scheduler.add(request)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request at once: its blocks are free, its last output (ABORT) comes with the next ``step``.
+
+        Nothing happens if it is unknown or finished.
+        """
+        self._scheduler.abort(request_id)
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has something to compute, to wait for or to return."""
+        return self._scheduler.has_work
+
+    @property
+    def stats(self) -> EngineStats:
+        return self._scheduler.stats
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if blocks, sequences or steps are lost or contradict each other."""
+        self._scheduler.check_invariants()
+
+    def shutdown(self) -> None:
+        """Waits for the steps in flight, drops their results and frees the device."""
+        wait([future for _, future in self._in_flight])
+        self._in_flight.clear()
+        self._executor.shutdown()

@@ -1,0 +1,425 @@
+"""Decides what each step computes."""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from dataclasses import dataclass, field
+
+from scheduler.block_pool import BlockPool
+from scheduler.messages import (
+    EngineOutput,
+    EngineStats,
+    FinishReason,
+    ModelRunnerOutput,
+    NewSequence,
+    Request,
+    SampledToken,
+    ScheduledSequence,
+    SchedulerOutput,
+)
+from scheduler.sequence import Sequence
+from scheduler.waiting_queue import WaitingQueue
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Limits of the device (see ``ExecutorSpec``). ``cache_seed`` names the model in the prefix cache.
+
+    Raises ValueError unless all numbers are positive.
+    """
+
+    num_blocks: int
+    block_size: int
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    vocab_size: int
+    cache_seed: str = ""
+
+    def __post_init__(self) -> None:
+        for name in self.__slots__:
+            if name != "cache_seed" and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+
+    @property
+    def max_num_tokens(self) -> int:
+        """Tokens of one sequence at most. The last one needs no slot in the pool: it is never computed."""
+        return min(self.max_model_len, self.num_blocks * self.block_size + 1)
+
+
+@dataclass(slots=True)
+class _Step:
+    """A step while it is put together."""
+
+    budget: int
+    shares: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
+    new: list[NewSequence] = field(default_factory=list)
+    has_preempted: bool = False
+
+
+class Scheduler:
+    """Iteration-level scheduling over paged KV blocks.
+
+    There is no prefill phase and no decode phase. A sequence has tokens, and a number of them are computed;
+    each step hands out a budget of tokens so that the second number catches up with the first, and a
+    sequence that has caught up gets one more token sampled. A prompt longer than the budget (chunked
+    prefill), a prefix found in the cache (computed from the start), a preempted sequence (computed count back
+    to 0) and a decode (one token behind) are all this one rule.
+
+    A step may be scheduled before the results of the steps in flight are known. A sequence then counts the
+    token about to be sampled, whose id only the executor knows, and goes on behind it.
+
+    Why blocks can be released while steps in flight still write to them: the executor runs steps in order. A
+    released block gets a new owner in a step issued later, whose writes come after those of the steps in
+    flight, and the new owner reads no slot that it, or whoever indexed the block, did not write. Blocks are
+    indexed when the step that completed them has succeeded, so no failed or unfinished step is ever shared,
+    and no step in flight writes into an indexed block.
+    """
+
+    def __init__(self, config: SchedulerConfig) -> None:
+        self._config = config
+        self._pool = BlockPool(config.num_blocks, config.block_size, config.cache_seed)
+        self._waiting = WaitingQueue()
+        # In order of admission: a prompt in chunks takes all the budget that is left, so all who decode stand
+        # before it and get their token first.
+        self._running: list[Sequence] = []
+        self._sequences: dict[str, Sequence] = {}  # waiting and running
+        self._in_flight: deque[list[Sequence]] = deque()
+        self._released: list[str] = []  # to be told to the executor with the next step
+        self._outputs: list[EngineOutput] = []
+        self._num_issued_steps = 0
+        self._num_completed_steps = 0
+        self._num_arrivals = 0
+        self._num_cache_queries = 0
+        self._num_cache_hits = 0
+        self._num_preemptions = 0
+
+    # ---- requests ----
+
+    def add(self, request: Request) -> None:
+        """Puts a request in the queue, or finishes it with ERROR if it can never run.
+
+        Raises ValueError if a request of this id is not finished yet.
+        """
+        if request.request_id in self._sequences:
+            raise ValueError(f"request {request.request_id!r} is running already")
+        error = self._reason_to_refuse(request)
+        if error:
+            self._outputs.append(
+                EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
+            )
+            return
+        self._num_arrivals += 1
+        sequence = Sequence(request, self._num_arrivals, self._config.max_num_tokens)
+        self._sequences[request.request_id] = sequence
+        self._waiting.add(sequence)
+
+    def abort(self, request_id: str) -> None:
+        """Ends a request, wherever it is. Nothing happens if it is unknown or finished."""
+        sequence = self._sequences.get(request_id)
+        if sequence is not None:
+            self._end(sequence, FinishReason.ABORT)
+
+    def _reason_to_refuse(self, request: Request) -> str | None:
+        config, prompt, params = self._config, request.prompt_token_ids, request.params
+        if not prompt:
+            return "the prompt is empty"
+        if params.max_tokens < 1:
+            return f"max_tokens must be at least 1, not {params.max_tokens}"
+        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
+            return f"the prompt has token ids outside the vocabulary of {config.vocab_size}"
+        if any(not 0 <= token_id < config.vocab_size for token_id, _ in params.logit_bias):
+            return f"logit_bias has token ids outside the vocabulary of {config.vocab_size}"
+        if len(prompt) + 1 > config.max_model_len:
+            return (
+                f"the prompt has {len(prompt)} tokens: with one generated token that is more than the "
+                f"{config.max_model_len} of the model's context"
+            )
+        if len(prompt) + 1 > config.max_num_tokens:
+            return (
+                f"the prompt has {len(prompt)} tokens and does not fit in the {config.num_blocks} KV blocks "
+                f"of {config.block_size} tokens"
+            )
+        return None
+
+    # ---- a step ----
+
+    def schedule(self) -> SchedulerOutput | None:
+        """The next step, or None if there is nothing to compute (before the steps in flight are done)."""
+        step = _Step(self._config.max_num_batched_tokens)
+        self._schedule_running(step)
+        if not step.has_preempted:
+            self._admit(step)
+        if not step.shares:
+            return None
+        self._num_issued_steps += 1
+        self._in_flight.append(list(step.shares))
+        released, self._released = self._released, []
+        return SchedulerOutput(
+            self._num_issued_steps, tuple(step.new), tuple(step.shares.values()), tuple(released)
+        )
+
+    def _schedule_running(self, step: _Step) -> None:
+        block_size = self._config.block_size
+        for sequence in tuple(self._running):
+            if not step.budget:
+                return
+            if not sequence.is_running:  # preempted a moment ago, for one before it
+                continue
+            if sequence.num_tokens == sequence.max_num_tokens:  # its last token is in flight
+                continue
+            num_tokens = sequence.num_tokens - sequence.num_computed_tokens
+            if num_tokens > step.budget:
+                num_tokens = step.budget
+            end = sequence.num_computed_tokens + num_tokens
+            new_block_ids: tuple[int, ...] = ()
+            if end > len(sequence.block_ids) * block_size:
+                new_block_ids = self._make_room(sequence, end, step)
+                if not new_block_ids:
+                    continue
+            self._take(sequence, num_tokens, new_block_ids, step)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, step: _Step) -> tuple[int, ...]:
+        """New blocks, so that the sequence has room for this many tokens; preempts the newest as needed.
+
+        Empty if the sequence itself was the newest. The oldest is never preempted: it ends up alone, and then
+        the pool is large enough for it (``max_num_tokens``). So some sequence always gets on.
+        """
+        num_blocks = self._pool.num_blocks_for(num_tokens) - len(sequence.block_ids)
+        while (block_ids := self._pool.allocate(num_blocks)) is None:
+            newest = max(self._running, key=lambda running: running.order)
+            self._preempt(newest, step)
+            if newest is sequence:
+                return ()
+        sequence.block_ids += block_ids
+        return tuple(block_ids)
+
+    def _take(self, sequence: Sequence, num_tokens: int, new_block_ids: tuple[int, ...], step: _Step) -> None:
+        start = sequence.num_computed_tokens
+        end = start + num_tokens
+        samples = end == sequence.num_tokens
+        sequence.num_computed_tokens = end
+        if samples:
+            sequence.num_tokens = end + 1
+        step.budget -= num_tokens
+        step.shares[sequence] = ScheduledSequence(
+            sequence.request_id, start, num_tokens, new_block_ids, samples
+        )
+
+    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+        """Sends a running sequence back to the queue. What it has in flight still counts when it arrives."""
+        share = step.shares.pop(sequence, None)
+        if share is not None:
+            step.budget += share.num_tokens
+            sequence.num_tokens -= share.samples
+        step.has_preempted = True
+        self._num_preemptions += 1
+        sequence.resume_after_step = self._num_issued_steps
+        self._leave_running(sequence)
+        self._waiting.add(sequence)
+
+    def _admit(self, step: _Step) -> None:
+        """Moves sequences from the queue into the step, strictly in order.
+
+        A sequence is admitted only if all its tokens would fit, with one block to spare for each running
+        sequence: it would be the first to be preempted when one of them grows, and its work lost.
+        """
+        pool, running = self._pool, self._running
+        while step.budget and self._waiting and len(running) < self._config.max_num_seqs:
+            sequence = self._waiting.first
+            if sequence.resume_after_step > self._num_completed_steps or pool.num_free <= len(running):
+                return
+            hits = self._match_prefix(sequence)
+            num_hits = len(hits) * pool.block_size
+            num_tokens = min(sequence.num_tokens - num_hits, step.budget)
+            num_blocks = pool.num_blocks_for(num_hits + num_tokens) - len(hits)
+            num_later_blocks = pool.num_blocks_for(sequence.num_tokens) - len(hits) - num_blocks
+            block_ids = pool.allocate(num_blocks, hits, num_later_blocks + len(running))
+            if block_ids is None:
+                return
+            self._waiting.remove(sequence)
+            running.append(sequence)
+            sequence.is_running = True
+            sequence.block_ids = hits + block_ids
+            sequence.num_indexed_blocks = len(hits)
+            sequence.num_computed_tokens = num_hits
+            if not sequence.first_scheduled_time:
+                self._note_first_admission(sequence, num_hits)
+            step.new.append(
+                NewSequence(
+                    sequence.request_id,
+                    tuple(sequence.token_ids),
+                    sequence.num_prompt_tokens,
+                    num_hits,
+                    tuple(hits),
+                    sequence.request.params,
+                )
+            )
+            self._take(sequence, num_tokens, tuple(block_ids), step)
+
+    def _match_prefix(self, sequence: Sequence) -> list[int]:
+        """Cached blocks to start from. Never all tokens: the last is computed, to sample from it."""
+        if sequence.request.params.prompt_logprobs is not None:
+            return []
+        max_blocks = (sequence.num_tokens - 1) // self._config.block_size
+        return self._pool.match_prefix(
+            sequence.block_keys, sequence.token_ids, sequence.request.cache_salt, max_blocks
+        )
+
+    def _note_first_admission(self, sequence: Sequence, num_hits: int) -> None:
+        sequence.first_scheduled_time = time.monotonic()
+        sequence.num_cached_tokens = num_hits
+        if sequence.request.params.prompt_logprobs is None:
+            self._num_cache_queries += sequence.num_tokens
+            self._num_cache_hits += num_hits
+
+    # ---- its result ----
+
+    def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> None:
+        """Takes the result of the oldest step in flight. One that does not answer the step fails it."""
+        if result.step_id != step.step_id or [token.request_id for token in result.sampled] != [
+            share.request_id for share in step.scheduled if share.samples
+        ]:
+            self.fail(step, RuntimeError(f"the result of step {result.step_id} does not answer it"))
+            return
+        block_size = self._config.block_size
+        prompt_logprobs = dict(result.prompt_logprobs)
+        sampled = iter(result.sampled)
+        for share, sequence in zip(step.scheduled, self._pop_in_flight(step), strict=True):
+            token = next(sampled) if share.samples else None
+            if sequence.is_finished:  # while the step was in flight: what it computed is dropped
+                continue
+            num_full_blocks = (share.start + share.num_tokens) // block_size
+            if num_full_blocks > sequence.num_indexed_blocks and sequence.is_running:
+                self._index_blocks(sequence, num_full_blocks)
+            if prompt_logprobs and share.request_id in prompt_logprobs:
+                sequence.add_prompt_logprobs(share.start, prompt_logprobs[share.request_id])
+            if token is not None:
+                self._append(sequence, token)
+
+    def fail(self, step: SchedulerOutput, error: Exception) -> None:
+        """Ends all sequences of the oldest step in flight with ERROR. No block it was to fill is indexed yet."""
+        for sequence in self._pop_in_flight(step):
+            if not sequence.is_finished:
+                self._end(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
+
+    def take_outputs(self) -> tuple[EngineOutput, ...]:
+        """What has happened to requests since the last call."""
+        outputs, self._outputs = self._outputs, []
+        return tuple(outputs)
+
+    def _pop_in_flight(self, step: SchedulerOutput) -> list[Sequence]:
+        self._num_completed_steps += 1
+        if step.step_id != self._num_completed_steps:
+            raise ValueError(
+                f"step {step.step_id} is not the oldest in flight, {self._num_completed_steps} is"
+            )
+        return self._in_flight.popleft()
+
+    def _index_blocks(self, sequence: Sequence, num_full_blocks: int) -> None:
+        keys = sequence.block_keys
+        for position in range(sequence.num_indexed_blocks, num_full_blocks):
+            self._pool.extend_keys(keys, sequence.token_ids, sequence.request.cache_salt, position + 1)
+            keys[position] = self._pool.cache(sequence.block_ids[position], keys[position])
+        sequence.num_indexed_blocks = num_full_blocks
+
+    def _append(self, sequence: Sequence, token: SampledToken) -> None:
+        if not token.is_valid:
+            self._end(sequence, FinishReason.ERROR, "the logits were not finite numbers")
+            return
+        finish_reason = sequence.append(token.token_id)
+        params = sequence.request.params
+        is_first = len(sequence.token_ids) == sequence.num_prompt_tokens + 1
+        self._outputs.append(
+            EngineOutput(
+                sequence.request_id,
+                (token.token_id,),
+                None if params.logprobs is None or token.logprobs is None else (token.logprobs,),
+                tuple(sequence.prompt_logprobs) if is_first and params.prompt_logprobs is not None else None,
+                finish_reason,
+                sequence.num_cached_tokens,
+                sequence.first_scheduled_time,
+            )
+        )
+        if finish_reason is not None:
+            self._leave(sequence)
+
+    def _end(self, sequence: Sequence, reason: FinishReason, error: str | None = None) -> None:
+        self._outputs.append(
+            EngineOutput(
+                sequence.request_id,
+                finish_reason=reason,
+                num_cached_tokens=sequence.num_cached_tokens,
+                first_scheduled_time=sequence.first_scheduled_time,
+                error=error,
+            )
+        )
+        self._leave(sequence)
+
+    def _leave(self, sequence: Sequence) -> None:
+        sequence.is_finished = True
+        del self._sequences[sequence.request_id]
+        if sequence.is_running:
+            self._leave_running(sequence)
+        else:
+            self._waiting.remove(sequence)
+
+    def _leave_running(self, sequence: Sequence) -> None:
+        self._running.remove(sequence)
+        self._pool.release(sequence.block_ids)
+        self._released.append(sequence.request_id)
+        sequence.is_running = False
+        sequence.block_ids = []
+        sequence.num_computed_tokens = 0
+        sequence.num_indexed_blocks = 0
+
+    # ---- state ----
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self._sequences or self._in_flight or self._outputs)
+
+    @property
+    def stats(self) -> EngineStats:
+        return EngineStats(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            kv_cache_usage=(self._pool.num_blocks - self._pool.num_free) / self._pool.num_blocks,
+            prefix_cache_queries_total=self._num_cache_queries,
+            prefix_cache_hits_total=self._num_cache_hits,
+            preemptions_total=self._num_preemptions,
+            steps_total=self._num_issued_steps,
+        )
+
+    def check_invariants(self) -> None:
+        """Raises AssertionError if the state contradicts itself. Costs time proportional to all of it."""
+        running, waiting = self._running, list(self._waiting)
+        self._pool.check_invariants([sequence.block_ids for sequence in running])
+        assert len(running) <= self._config.max_num_seqs, "too many sequences run"
+        assert {id(s) for s in running + waiting} == {id(s) for s in self._sequences.values()}, (
+            "lost sequence"
+        )
+        assert len(running) + len(waiting) == len(self._sequences), "a sequence is in two places"
+        assert [s.order for s in waiting] == sorted(s.order for s in waiting), "the queue is out of order"
+        assert len(self._in_flight) == self._num_issued_steps - self._num_completed_steps, "lost step"
+        for sequence in running:
+            assert sequence.is_running
+            assert not sequence.is_finished
+            assert sequence.num_computed_tokens < sequence.max_num_tokens, "the last token is computed"
+            assert sequence.num_computed_tokens <= sequence.num_tokens
+            num_blocks = self._pool.num_blocks_for(sequence.num_computed_tokens)
+            assert len(sequence.block_ids) == num_blocks, (
+                f"{sequence.request_id!r} has a wrong number of blocks"
+            )
+        for sequence in waiting:
+            assert not sequence.is_running
+            assert not sequence.is_finished
+            assert not sequence.block_ids
+        for sequence in self._sequences.values():
+            num_pending = sequence.num_tokens - len(sequence.token_ids)
+            assert 0 <= num_pending <= len(self._in_flight), "tokens are expected from no step"
+            for position, key in enumerate(sequence.block_keys):
+                start = position * self._config.block_size
+                tokens = tuple(sequence.token_ids[start : start + self._config.block_size])
+                assert key.token_ids == tokens, f"{sequence.request_id!r} has a wrong key"

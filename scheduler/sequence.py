@@ -1,0 +1,87 @@
+"""The running state of one request."""
+
+from __future__ import annotations
+
+from scheduler.block_pool import BlockKey
+from scheduler.messages import FinishReason, Request, TokenLogprobs
+
+
+class Sequence:
+    """What the scheduler knows about a request between its arrival and its end.
+
+        token_ids             |---- prompt ----|-- generated --|
+        num_tokens            |--------------------------------|??|  ? = to be sampled by steps in flight
+        num_computed_tokens   |----------------------|               keys and values exist after these steps
+        block_ids             [    ][    ][    ][    ]               exactly enough for the computed tokens
+
+    Attributes:
+        order: (priority, arrival time, arrival number), never changed. Small ones are served first, preempted last.
+        max_num_tokens: the sequence ends with LENGTH when it has this many tokens.
+        num_tokens: known tokens and those that steps in flight are going to sample.
+        num_computed_tokens: tokens handed to the executor; counts a step as soon as it is scheduled.
+        block_keys: keys of the leading full blocks, as far as they were needed.
+        num_indexed_blocks: leading blocks that were offered to the prefix cache.
+        num_cached_tokens: prefix-cache hits when the sequence was first admitted.
+        prompt_logprobs: records for prompt tokens 1, 2, ... as far as they have arrived.
+        resume_after_step: id of the last step issued before the sequence was preempted: until its result
+            is known, tokens of the sequence may be missing, so it is not admitted again.
+        is_running: holds blocks, and the executor knows it.
+    """
+
+    __slots__ = (
+        "block_ids",
+        "block_keys",
+        "first_scheduled_time",
+        "is_finished",
+        "is_running",
+        "max_num_tokens",
+        "min_num_tokens",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_indexed_blocks",
+        "num_prompt_tokens",
+        "num_tokens",
+        "order",
+        "prompt_logprobs",
+        "request",
+        "request_id",
+        "resume_after_step",
+        "stop_token_ids",
+        "token_ids",
+    )
+
+    def __init__(self, request: Request, arrival_number: int, max_num_tokens: int) -> None:
+        params = request.params
+        self.request = request
+        self.request_id = request.request_id
+        self.order = (request.priority, request.arrival_time, arrival_number)
+        self.token_ids = list(request.prompt_token_ids)
+        self.num_prompt_tokens = len(self.token_ids)
+        self.num_tokens = self.num_prompt_tokens
+        self.num_computed_tokens = 0
+        self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_num_tokens)
+        self.min_num_tokens = self.num_prompt_tokens + params.min_tokens
+        self.stop_token_ids = frozenset(params.stop_token_ids)
+        self.block_ids: list[int] = []
+        self.block_keys: list[BlockKey] = []
+        self.num_indexed_blocks = 0
+        self.num_cached_tokens = 0
+        self.first_scheduled_time = 0.0
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.resume_after_step = 0
+        self.is_running = False
+        self.is_finished = False
+
+    def append(self, token_id: int) -> FinishReason | None:
+        """Takes the token that a step sampled (``num_tokens`` counts it already); says if it is the last."""
+        self.token_ids.append(token_id)
+        num_tokens = len(self.token_ids)
+        if token_id in self.stop_token_ids and num_tokens > self.min_num_tokens:
+            return FinishReason.STOP
+        if num_tokens >= self.max_num_tokens:
+            return FinishReason.LENGTH
+        return None
+
+    def add_prompt_logprobs(self, start: int, records: tuple[TokenLogprobs, ...]) -> None:
+        """Takes the records of prompt tokens ``start + 1`` on; what a recomputation repeats is dropped."""
+        self.prompt_logprobs.extend(records[len(self.prompt_logprobs) - start :])
