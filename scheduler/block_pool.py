@@ -151,8 +151,8 @@ class BlockPool:
     def cache(self, block_id: int, key: BlockKey) -> BlockKey:
         """Enters a held block, whose contents are complete, in the index.
 
-        If the same contents are indexed already, this block stays out. Returns the key that is indexed, for the
-        key of the next block to follow.
+        If the same contents are indexed already, this block stays out. Returns the key that is indexed, for
+        the key of the next block to follow.
         """
         holder = self._index.get(key.digest)
         if holder is None:

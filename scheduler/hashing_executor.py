@@ -35,7 +35,7 @@ def extend_hash(prefix_hash: int, token_id: int) -> int:
 
 
 def sample(prefix_hash: int, params: SamplingParams, num_generated: int, vocab_size: int) -> int:
-    """The token after a prefix. Depends on the seed too, and on stop tokens while ``min_tokens`` masks them."""
+    """The token after a prefix. Depends on the seed too, and on stop tokens while ``min_tokens`` masks."""
     token_id = extend_hash(prefix_hash, params.seed) % vocab_size
     if num_generated < params.min_tokens and len(set(params.stop_token_ids)) < vocab_size:
         while token_id in params.stop_token_ids:
@@ -93,8 +93,8 @@ class HashingExecutor:
 
     Args:
         step_seconds: how long a step takes at least.
-        fail_at_steps: ids of steps that raise RuntimeError after destroying the slots they were to write. Such a step
-            has forgotten ``released`` and learned ``new`` all the same, as that of any executor must.
+        fail_at_steps: ids of steps that raise RuntimeError after destroying the slots they were to write.
+            They have forgotten ``released`` and learned ``new`` all the same, as those of any executor must.
         invalid_at_steps: ids of steps whose first sampled token is not valid.
     """
 

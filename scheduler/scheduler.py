@@ -18,34 +18,9 @@ from scheduler.messages import (
     ScheduledSequence,
     SchedulerOutput,
 )
+from scheduler.scheduler_config import SchedulerConfig
 from scheduler.sequence import Sequence
 from scheduler.waiting_queue import WaitingQueue
-
-
-@dataclass(frozen=True, slots=True)
-class SchedulerConfig:
-    """Limits of the device (see ``ExecutorSpec``). ``cache_seed`` names the model in the prefix cache.
-
-    Raises ValueError unless all numbers are positive.
-    """
-
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_num_batched_tokens: int
-    max_model_len: int
-    vocab_size: int
-    cache_seed: str = ""
-
-    def __post_init__(self) -> None:
-        for name in self.__slots__:
-            if name != "cache_seed" and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-
-    @property
-    def max_num_tokens(self) -> int:
-        """Tokens of one sequence at most. The last one needs no slot in the pool: it is never computed."""
-        return min(self.max_model_len, self.num_blocks * self.block_size + 1)
 
 
 @dataclass(slots=True)
@@ -104,7 +79,7 @@ class Scheduler:
         """
         if request.request_id in self._sequences:
             raise ValueError(f"request {request.request_id!r} is running already")
-        error = self._reason_to_refuse(request)
+        error = self._config.reason_to_refuse(request)
         if error:
             self._outputs.append(
                 EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
@@ -120,28 +95,6 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence, FinishReason.ABORT)
-
-    def _reason_to_refuse(self, request: Request) -> str | None:
-        config, prompt, params = self._config, request.prompt_token_ids, request.params
-        if not prompt:
-            return "the prompt is empty"
-        if params.max_tokens < 1:
-            return f"max_tokens must be at least 1, not {params.max_tokens}"
-        if min(prompt) < 0 or max(prompt) >= config.vocab_size:
-            return f"the prompt has token ids outside the vocabulary of {config.vocab_size}"
-        if any(not 0 <= token_id < config.vocab_size for token_id, _ in params.logit_bias):
-            return f"logit_bias has token ids outside the vocabulary of {config.vocab_size}"
-        if len(prompt) + 1 > config.max_model_len:
-            return (
-                f"the prompt has {len(prompt)} tokens: with one generated token that is more than the "
-                f"{config.max_model_len} of the model's context"
-            )
-        if len(prompt) + 1 > config.max_num_tokens:
-            return (
-                f"the prompt has {len(prompt)} tokens and does not fit in the {config.num_blocks} KV blocks "
-                f"of {config.block_size} tokens"
-            )
-        return None
 
     # ---- a step ----
 
@@ -299,7 +252,7 @@ class Scheduler:
                 self._append(sequence, token)
 
     def fail(self, step: SchedulerOutput, error: Exception) -> None:
-        """Ends all sequences of the oldest step in flight with ERROR. No block it was to fill is indexed yet."""
+        """Ends all sequences of the oldest step in flight with ERROR. None of its blocks is indexed yet."""
         for sequence in self._pop_in_flight(step):
             if not sequence.is_finished:
                 self._end(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")

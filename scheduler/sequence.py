@@ -15,7 +15,7 @@ class Sequence:
         block_ids             [    ][    ][    ][    ]               exactly enough for the computed tokens
 
     Attributes:
-        order: (priority, arrival time, arrival number), never changed. Small ones are served first, preempted last.
+        order: (priority, arrival time, arrival number), never changed. The smallest is served first.
         max_num_tokens: the sequence ends with LENGTH when it has this many tokens.
         num_tokens: known tokens and those that steps in flight are going to sample.
         num_computed_tokens: tokens handed to the executor; counts a step as soon as it is scheduled.
