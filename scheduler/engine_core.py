@@ -7,7 +7,8 @@ from concurrent.futures import Future, wait
 
 from scheduler.executor import Executor
 from scheduler.messages import EngineOutputs, EngineStats, ModelRunnerOutput, Request, SchedulerOutput
-from scheduler.scheduler import Scheduler, SchedulerConfig
+from scheduler.scheduler import Scheduler
+from scheduler.scheduler_config import SchedulerConfig
 
 
 class EngineCore:

@@ -92,6 +92,8 @@ class HashingExecutor:
     With ``max_in_flight`` above 1 the steps run in a thread, in order, and the futures are deferred ones.
 
     Args:
+        num_blocks, block_size, vocab_size, max_num_seqs, max_num_batched_tokens, max_model_len: as in
+            ``ExecutorSpec``. With a vocabulary of 2 and small blocks, prefixes of different requests coincide.
         step_seconds: how long a step takes at least.
         fail_at_steps: ids of steps that raise RuntimeError after destroying the slots they were to write.
             They have forgotten ``released`` and learned ``new`` all the same, as those of any executor must.
@@ -100,19 +102,33 @@ class HashingExecutor:
 
     def __init__(
         self,
-        spec: ExecutorSpec,
+        num_blocks: int,
+        block_size: int,
         *,
+        vocab_size: int = 2,
+        max_num_seqs: int = 8,
+        max_num_batched_tokens: int = 64,
+        max_model_len: int = 1024,
         max_in_flight: int = 1,
         step_seconds: float = 0.0,
         fail_at_steps: Collection[int] = (),
         invalid_at_steps: Collection[int] = (),
     ) -> None:
-        self._spec = spec
+        self._spec = ExecutorSpec(
+            model_id="hashing",
+            vocab_size=vocab_size,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            max_model_len=max_model_len,
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            device="none (hashes)",
+        )
         self._max_in_flight = max_in_flight
         self._step_seconds = step_seconds
         self._fail_at_steps = frozenset(fail_at_steps)
         self._invalid_at_steps = frozenset(invalid_at_steps)
-        self._slots = [_POISON] * (spec.num_blocks * spec.block_size)
+        self._slots = [_POISON] * (num_blocks * block_size)
         self._states: dict[str, _State] = {}
         self._thread = ThreadPoolExecutor(max_workers=1) if max_in_flight > 1 else None
 
