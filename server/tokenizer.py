@@ -1,0 +1,173 @@
+"""Text to token ids and back, for one model."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from server.chat_template import ChatTemplate, ChatTemplateError
+from server.control_tokens import ControlTokens
+from server.token_bound import TokenBound
+from server.token_bytes import LeadingSpace, TokenBytes
+from server.tokenizer_spec import TokenizerError, TokenizerSpec
+
+
+class InvalidTextError(ValueError):
+    """The text has half a surrogate pair in it, which is no character and has no tokens."""
+
+
+def load_tokenizer(path: Path) -> Tokenizer:
+    """The tokenizer of a folder in Hugging Face format or of a ``.gguf`` file.
+
+    Blocks for 0.1 to 2 s, the longer the vocabulary. Runs no code that comes with the model, but for its
+    chat template, which runs in a sandbox.
+
+    Raises:
+        TokenizerError: missing, damaged or of a kind that is not supported; the message says what would work.
+    """
+    if path.is_dir():
+        from server.hf_tokenizer import tokenizer_from_folder
+
+        return Tokenizer(tokenizer_from_folder(path))
+    from server.gguf_tokenizer import tokenizer_from_gguf
+
+    return Tokenizer(tokenizer_from_gguf(path))
+
+
+class Tokenizer:
+    """Encodes text and chats, decodes tokens.
+
+    All methods may be called from several threads at once. Encoding releases the interpreter lock, so off
+    the event loop it does not delay other requests.
+
+    Attributes:
+        vocab_size: token ids are below it.
+        eos_token_ids: tokens that end a generation.
+        special_token_ids: control tokens: no text of their own, left out of what a client sees.
+        chat_template: None if the model has none.
+    """
+
+    def __init__(self, spec: TokenizerSpec) -> None:
+        """Raises TokenizerError if the way it decodes or its chat template is not supported."""
+        self._backend = spec.backend
+        added = spec.backend.get_added_tokens_decoder()
+        special = {token_id: token for token_id, token in added.items() if token.special}
+        self.bos_token_id = spec.bos_token_id
+        self.eos_token_ids = spec.eos_token_ids
+        self.special_token_ids = frozenset(special)
+        self.vocab_size = max(spec.backend.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added), 0)
+        self._bytes = TokenBytes(spec.backend)
+        self._visible_bytes = self._bytes.hiding(self.special_token_ids)
+        self._control_tokens = ControlTokens(spec.backend)
+        self.chat_template: ChatTemplate | None = None
+        if spec.chat_templates:
+            try:
+                self.chat_template = ChatTemplate(spec.chat_templates, spec.named_special_tokens)
+            except ChatTemplateError as error:
+                raise TokenizerError(str(error)) from None
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text. Control tokens written out in the text are taken as such.
+
+        Args:
+            add_special_tokens: put BOS (and whatever else the model wants) around it.
+
+        Raises:
+            InvalidTextError: the text has lone surrogates.
+        """
+        return self.encode_batch((text,), add_special_tokens=add_special_tokens)[0]
+
+    def encode_batch(self, texts: Sequence[str], *, add_special_tokens: bool = True) -> list[list[int]]:
+        """``encode`` for several texts at once, in parallel."""
+        _check_texts(texts)
+        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_special_tokens)
+        return [encoding.ids for encoding in encodings]
+
+    def encode_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **variables: Any,
+    ) -> list[int]:
+        """Token ids of a conversation, written out by the chat template.
+
+        Control tokens that clients write into messages or tools stay plain text: only those that the
+        template itself writes become control tokens.
+
+        Args:
+            messages: plain JSON values, as in OpenAI's API.
+            variables: further names that the template reads (``ChatTemplate.variables``).
+
+        Raises:
+            ChatTemplateError: there is no template, or it does not take these messages.
+            InvalidTextError: lone surrogates in the messages.
+        """
+        if self.chat_template is None:
+            raise ChatTemplateError(
+                "The model has no chat template: use /v1/completions, or serve a model that has one."
+            )
+        shield, (messages, tools, variables) = self._control_tokens.shield((messages, tools, variables))
+        text = self.chat_template.render(
+            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+        )
+        _check_texts((text,))
+        if shield is None:
+            return self.encode(text, add_special_tokens=False)
+        return self._control_tokens.encode(text, shield)
+
+    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """The text of a whole sequence.
+
+        Bytes that are no UTF-8 become U+FFFD; ids out of the vocabulary nothing.
+        """
+        table = self.token_bytes_table(skip_special_tokens=skip_special_tokens)
+        match table.leading_space:
+            case LeadingSpace.KEPT:
+                data = b"".join([table[token] for token in token_ids])
+            case LeadingSpace.ONE_REMOVED:
+                data = b"".join([table[token] for token in token_ids]).removeprefix(b" ")
+            case LeadingSpace.REMOVED_FROM_FIRST_TOKEN:
+                hidden = self.special_token_ids if skip_special_tokens else ()
+                shown = [token for token in token_ids if token not in hidden]
+                first = table.without_leading_space(shown[0]) if shown else b""
+                data = first + b"".join([table[token] for token in shown[1:]])
+        return data.decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes of one token: maybe only part of a character. Control tokens give their name."""
+        return self._bytes[token_id]
+
+    def token_text(self, token_id: int) -> str:
+        """The bytes of one token as text, with U+FFFD for what is not a whole character."""
+        return self._bytes[token_id].decode("utf-8", "replace")
+
+    def token_bytes_table(self, *, skip_special_tokens: bool) -> TokenBytes:
+        """``token_bytes`` of all tokens; with ``skip_special_tokens``, control tokens have no bytes."""
+        return self._visible_bytes if skip_special_tokens else self._bytes
+
+    def min_tokens_for(self, text: str) -> int:
+        """A number of tokens that ``encode(text, add_special_tokens=False)`` certainly reaches; maybe 0.
+
+        About a hundredth of the time of encoding. Refuses a hopelessly long prompt before tokenizing it.
+        The first call reads the vocabulary (0.1 s for 50k tokens), so it belongs off the event loop.
+        """
+        return self._bound.at_least(text)
+
+    @cached_property
+    def _bound(self) -> TokenBound:
+        return TokenBound(self._backend, self._bytes, self.vocab_size)
+
+
+def _check_texts(texts: Sequence[str]) -> None:
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InvalidTextError(
+                f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}: "
+                "send whole characters."
+            ) from None
