@@ -9,7 +9,7 @@ import signal
 import sys
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 
 from scheduler.messages import EngineOutput, EngineOutputs, EngineStats, ExecutorSpec, FinishReason, Request
 from server.config import ServerConfig
@@ -124,7 +124,7 @@ class ZmqEngineClient:
                 await self._supervisor
         self._fail_streams("the server is shutting down")
 
-    async def generate(self, request: Request) -> AsyncIterator[EngineOutput]:
+    async def generate(self, request: Request) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of a request until one has a finish reason. Closing the iterator aborts the request.
 
         Raises:
