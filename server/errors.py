@@ -1,7 +1,7 @@
 """Everything that can go wrong with a request, and OpenAI's error object that tells the client.
 
-The body is always ``{"error": {"message", "type", "param", "code"}}``. A message says what to change. It never
-holds a traceback, a path, an address, or more of the client's own text than a short, escaped piece.
+The body is always ``{"error": {"message", "type", "param", "code"}}``. A message says what to change. It
+never holds a traceback, a path, an address, or more of the client's own text than a short, escaped piece.
 """
 
 from __future__ import annotations
@@ -123,6 +123,19 @@ class EngineDeadError(ApiError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class ShuttingDownError(ApiError):
+    """The server had to end before the answer was complete."""
+
+    status = 503
+    default_code = "shutting_down"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The server is shutting down. Send the request again in a few seconds.",
+            headers={"retry-after": "1"},
+        )
 
 
 _EXCERPT_CHARS = 64

@@ -1,0 +1,151 @@
+"""Runs a call: from the engine's outputs to the bytes of the response."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from server.choice import Choice
+from server.detokenizer import IncrementalDetokenizer
+from server.engine_protocol import EngineClient
+from server.engine_streams import EngineStreams
+from server.metrics import Metrics, RequestTimer
+from server.sse import DONE
+from server.tokenizer import Tokenizer
+from server.validation import Call
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What a call cost, in tokens. A prompt counts once, however many choices answer it."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    cached_tokens: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+class AnswerForm(Protocol):
+    """How an endpoint writes an answer. The methods but the last return whole events of a stream."""
+
+    def first(self, choice: Choice) -> bytes:
+        """Before the first text of a choice."""
+        ...
+
+    def piece(self, choice: Choice, text: str) -> bytes:
+        """The next text of a choice, and its logprobs if they are wanted."""
+        ...
+
+    def last(self, choice: Choice) -> bytes:
+        """After the last text of a choice, with its finish reason."""
+        ...
+
+    def usage(self, usage: Usage) -> bytes: ...
+
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        """The body of a response that is no stream."""
+        ...
+
+
+class Answer:
+    """The answer to one call. Either ``events`` or ``whole`` is used, once.
+
+    Closing or cancelling either aborts in the engine what has not finished.
+    """
+
+    def __init__(
+        self, call: Call, engine: EngineClient, tokenizer: Tokenizer, metrics: Metrics, form: AnswerForm
+    ) -> None:
+        self._call = call
+        self._form = form
+        self._streams = EngineStreams(engine, call.requests)
+        self._choices = [
+            Choice(
+                index,
+                request,
+                IncrementalDetokenizer(
+                    tokenizer,
+                    # The text of a completion goes on where its prompt ends; a chat's begins anew.
+                    request.prompt_token_ids if call.continues_prompt else (),
+                    skip_special_tokens=call.skip_special_tokens,
+                    stop=call.stop,
+                    include_stop=call.include_stop,
+                ),
+                RequestTimer(metrics, request),
+            )
+            for index, request in enumerate(call.requests)
+        ]
+        metrics.params_n.observe(call.n)
+
+    async def events(self) -> AsyncGenerator[bytes, None]:
+        """Chunks of events, up to ``[DONE]``. What arrives together goes out together. Raises ApiError."""
+        form = self._form
+        has_begun = [False] * len(self._choices)
+        async with aclosing(self._texts()) as texts:
+            async for batch in texts:
+                chunk = b""
+                for choice, text, is_last in batch:
+                    if not has_begun[choice.index]:
+                        has_begun[choice.index] = True
+                        chunk += form.first(choice)
+                    if text:
+                        chunk += form.piece(choice, text)
+                    if is_last:
+                        chunk += form.last(choice)
+                if chunk:
+                    yield chunk
+        yield (form.usage(self._usage()) if self._call.include_usage else b"") + DONE
+
+    async def whole(self) -> bytes:
+        """The body of the response. Raises ApiError."""
+        async with aclosing(self._texts()) as texts:
+            async for _ in texts:
+                pass
+        return self._form.whole(self._choices, self._usage())
+
+    async def _texts(self) -> AsyncGenerator[list[tuple[Choice, str, bool]], None]:
+        """(choice, new text, whether it is complete now) for what the engine has worked on, until all are."""
+        choices, is_scoring = self._choices, self._call.is_scoring
+        running = set(range(len(choices)))
+        try:
+            async with aclosing(self._streams.batches()) as batches:
+                async for batch in batches:
+                    now = time.monotonic()
+                    texts = []
+                    for index, output in batch:
+                        if index not in running:
+                            continue  # came after a stop string
+                        choice = choices[index]
+                        text = choice.push(output, now)
+                        if is_scoring:
+                            text = ""
+                            choice.forget_generated()
+                        is_last = choice.finish_reason is not None
+                        texts.append((choice, text, is_last))
+                        if is_last:
+                            running.discard(index)
+                            self._streams.close(index)
+                    yield texts
+                    if not running:
+                        return
+        finally:
+            for choice in choices:
+                choice.abandon(time.monotonic())
+
+    def _usage(self) -> Usage:
+        first_choices = self._choices[:: self._call.n]
+        return Usage(
+            prompt_tokens=sum(len(prompt.token_ids) for prompt in self._call.prompts),
+            completion_tokens=sum(choice.num_tokens for choice in self._choices),
+            cached_tokens=sum(choice.num_cached_tokens for choice in first_choices),
+        )

@@ -1,0 +1,53 @@
+"""The HTTP application: routes behind the guard."""
+
+from __future__ import annotations
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.config import ServerConfig
+from server.engine_protocol import EngineClient
+from server.errors import ApiError, MethodNotAllowedError, UnknownUrlError, excerpt
+from server.guard import Guard, api_error
+from server.metrics import Metrics
+from server.routes import chat, completions, health, models
+from server.service import Service
+from server.tokenization import Tokenization
+from server.tokenizer import Tokenizer
+from server.validation import Validator
+
+
+def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer) -> FastAPI:
+    """The application of one API process. The engine may still be loading; until then calls get 503."""
+    tokenization = Tokenization(tokenizer)
+    metrics = Metrics(config.metrics_prefix, config.served_model_names[0], engine)
+    validator = Validator(engine, tokenization, config.served_model_names, metrics.count_unknown_field)
+    # No documentation pages: they load scripts from elsewhere.
+    app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
+    app.state.service = Service(config, engine, tokenization, metrics, validator)
+    for routes in (chat, completions, models, health):
+        app.include_router(routes.router)
+    app.add_exception_handler(ApiError, _answer_api_error)
+    app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_middleware(Guard, max_body_bytes=config.max_body_bytes)
+    return app
+
+
+async def _answer_api_error(request: Request, error: Exception) -> Response:
+    return _response(api_error(error, request.state.request_id))
+
+
+async def _answer_http_exception(request: Request, error: Exception) -> Response:
+    """What the router refuses: a path it does not have, or a method that the path does not take."""
+    assert isinstance(error, HTTPException)
+    asked = f"{request.method} {excerpt(request.url.path)}"
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        return _response(MethodNotAllowedError(f"{asked} is not allowed.", headers={"allow": allowed}))
+    return _response(UnknownUrlError(f"{asked} does not exist on this server."))
+
+
+def _response(error: ApiError) -> Response:
+    return Response(error.body(), error.status, error.headers, "application/json")

@@ -1,0 +1,99 @@
+"""One of the answers of a call while it comes in."""
+
+from __future__ import annotations
+
+import logging
+
+from scheduler.messages import EngineOutput, FinishReason, Request, TokenLogprobs
+from server.detokenizer import IncrementalDetokenizer
+from server.errors import InternalError
+from server.metrics import RequestTimer
+
+_log = logging.getLogger(__name__)
+
+
+class Choice:
+    """Collects the tokens of one sequence as text.
+
+    Attributes:
+        index: as the client counts the choices of its call.
+        num_tokens: generated tokens that count for usage: up to the end of a stop string; with a stop token.
+        num_cached_tokens: prompt tokens that came from the prefix cache.
+        logprobs: of the tokens since the last ``take_logprobs``.
+        prompt_logprobs: of the prompt's tokens but the first, once they have come.
+        finish_reason: ``stop`` or ``length`` once the answer is complete, else None.
+    """
+
+    __slots__ = (
+        "_detokenizer", "_request", "_timer", "finish_reason", "index", "logprobs", "num_cached_tokens",
+        "num_tokens", "prompt_logprobs",
+    )  # fmt: skip
+
+    def __init__(
+        self, index: int, request: Request, detokenizer: IncrementalDetokenizer, timer: RequestTimer
+    ) -> None:
+        self.index = index
+        self._request = request
+        self._detokenizer = detokenizer
+        self._timer = timer
+        self.num_tokens = 0
+        self.num_cached_tokens = 0
+        self.logprobs: list[TokenLogprobs] = []
+        self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self.finish_reason: str | None = None
+
+    def push(self, output: EngineOutput, now: float) -> str:
+        """Takes what a step produced and returns the text that may be sent for it, maybe none.
+
+        Raises:
+            InternalError: the engine gave up on this request.
+        """
+        self._timer.observe(output, now)
+        token_ids, reason = output.token_ids, output.finish_reason
+        detokenizer = self._detokenizer
+        if reason is FinishReason.STOP:
+            # The stop token ends the answer and is no part of it.
+            text = detokenizer.push(token_ids[:-1])
+            if detokenizer.stopped_by is None:
+                text += detokenizer.finish()
+        else:
+            text = detokenizer.push(token_ids)
+        num_taken = len(token_ids)
+        if detokenizer.stopped_by is not None:
+            self.finish_reason = "stop"
+            num_taken = detokenizer.num_tokens - self.num_tokens
+            self._timer.finish(FinishReason.STOP, now)
+        elif reason is not None:
+            self._timer.finish(reason, now)
+            if reason in (FinishReason.ERROR, FinishReason.ABORT):
+                _log.error("request %s: %s: %s", self._request.request_id, reason.value, output.error)
+                raise InternalError
+            if reason is FinishReason.LENGTH:
+                text += detokenizer.finish()
+            self.finish_reason = reason.value if detokenizer.stopped_by is None else "stop"
+        self.num_tokens += num_taken
+        self.num_cached_tokens = output.num_cached_tokens or self.num_cached_tokens
+        if output.logprobs is not None:
+            self.logprobs += output.logprobs[:num_taken]
+        if output.prompt_logprobs is not None:
+            self.prompt_logprobs = output.prompt_logprobs
+        return text
+
+    def take_logprobs(self) -> list[TokenLogprobs]:
+        """The logprobs of the tokens since the last call."""
+        taken, self.logprobs = self.logprobs, []
+        return taken
+
+    def forget_generated(self) -> None:
+        """Drops what was generated: only the prompt was wanted."""
+        self.logprobs.clear()
+        self.num_tokens = 0
+
+    @property
+    def text(self) -> str:
+        """All text of the answer so far."""
+        return self._detokenizer.text
+
+    def abandon(self, now: float) -> None:
+        """Nobody waits for this answer any more; if it is complete, nothing happens."""
+        self._timer.finish(FinishReason.ABORT, now)

@@ -1,0 +1,70 @@
+"""The engine's outputs for all sequences of a call, as one stream."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Sequence
+from contextlib import aclosing
+
+from scheduler.messages import EngineOutput, Request
+from server.engine_protocol import EngineClient
+
+Batch = list[tuple[int, EngineOutput]]
+
+
+class EngineStreams:
+    """Sends requests to the engine and hands out what comes back; what arrived together comes together."""
+
+    def __init__(self, engine: EngineClient, requests: Sequence[Request]) -> None:
+        self._engine = engine
+        self._requests = requests
+        self._tasks: list[asyncio.Task[None]] = []
+
+    def batches(self) -> AsyncGenerator[Batch, None]:
+        """(index of the request, output) pairs. The consumer closes the generator when it has seen enough;
+        every request that has not finished is aborted then.
+
+        Raises:
+            EngineDeadError: the engine does not take a request.
+        """
+        return self._one() if len(self._requests) == 1 else self._many()
+
+    def close(self, index: int) -> None:
+        """Ends one request early while the others go on. A single one ends with the generator."""
+        if self._tasks:
+            self._tasks[index].cancel()
+
+    async def _one(self) -> AsyncGenerator[Batch, None]:
+        async with aclosing(self._engine.generate(self._requests[0])) as outputs:
+            async for output in outputs:
+                yield [(0, output)]
+
+    async def _many(self) -> AsyncGenerator[Batch, None]:
+        arrived = asyncio.Event()
+        batch: Batch = []
+        failures: list[Exception] = []
+
+        async def pump(index: int, request: Request) -> None:
+            try:
+                async with aclosing(self._engine.generate(request)) as outputs:
+                    async for output in outputs:
+                        batch.append((index, output))
+                        arrived.set()
+            except Exception as error:
+                failures.append(error)
+                arrived.set()
+
+        self._tasks = [
+            asyncio.create_task(pump(index, request)) for index, request in enumerate(self._requests)
+        ]
+        try:
+            while True:
+                await arrived.wait()
+                arrived.clear()
+                if failures:
+                    raise failures[0]
+                taken, batch[:] = batch[:], []
+                yield taken
+        finally:
+            for task in self._tasks:
+                task.cancel()

@@ -1,0 +1,158 @@
+"""Fields of the OpenAI and vLLM APIs that are known here but not honoured, and those that nobody knows.
+
+A known field is refused unless its value asks for nothing, so that no client believes that its schema or its
+tools were used. An unknown field is ignored, and counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from server.errors import UnsupportedParameterError
+from server.protocol import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    Message,
+    SamplingFields,
+    StreamOptions,
+    TextPart,
+    WireModel,
+)
+
+# Values besides ``null`` with which a field changes nothing.
+_UNSUPPORTED_ANYWHERE: Mapping[str, tuple[Any, ...]] = {
+    "response_format": ({"type": "text"},),
+    "service_tier": ("auto", "default"),
+    "guided_json": (),
+    "guided_regex": (),
+    "guided_choice": (),
+    "guided_grammar": (),
+    "guided_decoding_backend": (),
+    "guided_whitespace_pattern": (),
+    "structured_outputs": (),
+    "structural_tag": (),
+    "use_beam_search": (False,),
+    "length_penalty": (1,),
+    "early_stopping": (False,),
+    "truncate_prompt_tokens": (),
+    "bad_words": ([],),
+    "allowed_token_ids": (),
+    "prompt_logprobs": (),
+    "prompt_embeds": (),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "logits_processors": ([],),
+    "kv_transfer_params": (),
+    "vllm_xargs": ({},),
+}
+_UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
+    ChatCompletionRequest: {
+        **_UNSUPPORTED_ANYWHERE,
+        "tools": ([],),
+        "tool_choice": ("none",),
+        "functions": ([],),
+        "function_call": ("none",),
+        "modalities": (["text"],),
+        "audio": (),
+        "prediction": (),
+        "reasoning_effort": (),
+        "verbosity": ("medium",),
+        "web_search_options": (),
+        "best_of": (1,),
+        "echo": (False,),
+        "add_generation_prompt": (True,),
+        "continue_final_message": (False,),
+        "add_special_tokens": (False,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "documents": ([],),
+        "mm_processor_kwargs": ({},),
+        "include_reasoning": (True,),
+    },
+    CompletionRequest: {
+        **_UNSUPPORTED_ANYWHERE,
+        "suffix": ("",),
+        "best_of": (1,),
+        "add_special_tokens": (True,),
+    },
+    StreamOptions: {"continuous_usage_stats": (False,)},
+    Message: {
+        "tool_calls": ([],),
+        "function_call": (),
+        "tool_call_id": (),
+        "audio": (),
+        "refusal": (),
+        "reasoning_content": ("",),
+    },
+    TextPart: {},
+}
+# Known, and ignored on purpose: they change nothing about the answer.
+_IGNORED = frozenset(
+    {
+        "metadata",
+        "store",
+        "prompt_cache_key",
+        "prompt_cache_retention",
+        "safety_identifier",
+        "parallel_tool_calls",
+        "request_id",
+        "include_obfuscation",
+    }
+)
+
+
+def check_fields(body: SamplingFields, count_unknown: Callable[[str], None]) -> None:
+    """Goes through the fields of a request that the wire models do not list.
+
+    Raises:
+        UnsupportedParameterError: naming the first field that asks for something this server does not do.
+    """
+    _check(body, (), count_unknown, {"best_of": body.n})
+    if body.stream_options is not None:
+        _check(body.stream_options, ("stream_options",), count_unknown, {})
+    if isinstance(body, ChatCompletionRequest):
+        for index, message in enumerate(body.messages):
+            _check(message, ("messages", index), count_unknown, {})
+            if not isinstance(message.content, str):
+                for position, part in enumerate(message.content):
+                    _check(part, ("messages", index, "content", position), count_unknown, {})
+
+
+def _check(
+    model: WireModel,
+    path: Sequence[str | int],
+    count_unknown: Callable[[str], None],
+    also_allowed: Mapping[str, Any],
+) -> None:
+    if not model.model_extra:
+        return
+    unsupported = _UNSUPPORTED[type(model)]
+    for name, value in model.model_extra.items():
+        if name in unsupported:
+            allowed = unsupported[name]
+            if value is None or value in allowed or (name in also_allowed and value == also_allowed[name]):
+                continue
+            param = field_path((*path, name))
+            hint = f" other than {_shown(allowed[0])}" if allowed else ""
+            raise UnsupportedParameterError(
+                f"'{param}'{hint} is not supported by this server. Leave it out.", param=param
+            )
+        if name not in _IGNORED:
+            count_unknown(name)
+
+
+def _shown(value: Any) -> str:
+    return str(value).lower() if isinstance(value, bool) else repr(value)
+
+
+def field_path(path: Sequence[str | int]) -> str:
+    """``("messages", 0, "content")`` -> ``messages[0].content``."""
+    text = ""
+    for part in path:
+        if isinstance(part, int):
+            text += f"[{part}]"
+        else:
+            text += f".{part}" if text else part
+    return text

@@ -1,0 +1,132 @@
+"""The one ASGI layer in front of every route: request ids, body limits, and no error but ours."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import uuid
+
+from starlette.datastructures import MutableHeaders
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from server.errors import (
+    ApiError,
+    BodyTooLargeError,
+    EngineDeadError,
+    InternalError,
+    InvalidRequestError,
+    ShuttingDownError,
+    UnsupportedMediaTypeError,
+)
+
+_log = logging.getLogger(__name__)
+
+_CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/=+-]{1,128}")
+
+
+class Guard:
+    """Wraps an application.
+
+    - Every response carries ``x-request-id``: the client's, if it is short and plain, else a new one.
+    - A body over ``max_body_bytes`` is refused before it is read if its length is announced, and at the byte
+      that crosses the limit if it is not. Compressed bodies are refused.
+    - Whatever is raised becomes OpenAI's error object. Exceptions that are no ``ApiError`` are logged with
+      the request id and answered as a plain 500.
+    """
+
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers: dict[bytes, bytes] = dict(scope["headers"])
+        request_id = _request_id(headers.get(b"x-request-id"))
+        scope.setdefault("state", {})["request_id"] = request_id
+        has_started = False
+        is_reading = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+        num_bytes = 0
+
+        async def limited_receive() -> Message:
+            nonlocal num_bytes, is_reading
+            message = await receive()
+            if message["type"] == "http.request":
+                num_bytes += len(message.get("body", b""))
+                is_reading = bool(message.get("more_body", False))
+                if num_bytes > self._max_body_bytes:
+                    raise self._too_large()
+            return message
+
+        async def marked_send(message: Message) -> None:
+            nonlocal has_started
+            if message["type"] == "http.response.start":
+                has_started = True
+                response_headers = MutableHeaders(scope=message)
+                response_headers["x-request-id"] = request_id
+                if is_reading:
+                    # What the client has yet to send would be taken for its next request.
+                    response_headers["connection"] = "close"
+            await send(message)
+
+        try:
+            self._check(headers)
+            await self._app(scope, limited_receive, marked_send)
+        except ClientDisconnect:
+            return
+        except asyncio.CancelledError:
+            # uvicorn cancels what is still running at the end of its patience; this is the top of the task.
+            if not has_started:
+                await send_error(ShuttingDownError(), marked_send)
+        except Exception as error:
+            if has_started:
+                _log.exception("request %s failed after its response had begun", request_id)
+                raise
+            await send_error(api_error(error, request_id), marked_send)
+
+    def _check(self, headers: dict[bytes, bytes]) -> None:
+        length = headers.get(b"content-length")
+        if length is not None:
+            if not length.isdigit():
+                raise InvalidRequestError("The Content-Length header is not a number of bytes.")
+            if len(length) > 18 or int(length) > self._max_body_bytes:
+                raise self._too_large()
+        if headers.get(b"content-encoding", b"identity").lower() != b"identity":
+            raise UnsupportedMediaTypeError("Compressed request bodies are not supported; send plain JSON.")
+
+    def _too_large(self) -> BodyTooLargeError:
+        return BodyTooLargeError(f"The request body is larger than {self._max_body_bytes} bytes.")
+
+
+def _request_id(sent: bytes | None) -> str:
+    if sent is not None and _CLIENT_REQUEST_ID.fullmatch(sent):
+        return sent.decode("ascii")
+    return f"req_{uuid.uuid4().hex}"
+
+
+def api_error(error: Exception, request_id: str) -> ApiError:
+    """What the client is told about an exception; what it is not told goes to the log."""
+    if isinstance(error, EngineDeadError):
+        _log.warning("request %s: %s", request_id, error.reason)
+        return error
+    if isinstance(error, ApiError):
+        return error
+    _log.error("request %s failed", request_id, exc_info=error)
+    return InternalError()
+
+
+async def send_error(error: ApiError, send: Send) -> None:
+    """Sends an error as a whole response."""
+    body = error.body()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
+    await send(
+        {
+            "type": "http.response.start",
+            "status": error.status,
+            "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
+        }
+    )
+    await send({"type": "http.response.body", "body": body, "more_body": False})

@@ -1,0 +1,92 @@
+"""Log probabilities as OpenAI shows them: the chat form, and the older one of text completions."""
+
+from __future__ import annotations
+
+from codecs import getincrementaldecoder
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from scheduler.messages import TokenLogprobs
+from server.tokenizer import Tokenizer
+
+# JSON has no minus infinity; this is what vLLM sends for it.
+_LEAST = -9999.0
+
+
+def chat_logprobs(
+    records: Iterable[TokenLogprobs], num_top: int, tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    """One ``ChatCompletionTokenLogprob`` for each record, with the ``num_top`` most likely tokens."""
+    return [
+        {
+            **_chat_token(record.token_id, record.logprob, tokenizer),
+            "top_logprobs": [_chat_token(*pair, tokenizer) for pair in record.top[:num_top]],
+        }
+        for record in records
+    ]
+
+
+def _chat_token(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
+    data = tokenizer.token_bytes(token_id)
+    return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, _LEAST), "bytes": list(data)}
+
+
+class CompletionLogprobs:
+    """The older form: parallel lists, with the place of each token in the text of the choice.
+
+    Remembers how far the text has come, so that it can be asked piece by piece.
+    """
+
+    def __init__(self, num_top: int, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+        self._num_top = num_top
+        self._tokenizer = tokenizer
+        self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        self._decoder = getincrementaldecoder("utf-8")("replace")
+        self._offset = 0
+
+    def prompt(self, token_ids: Sequence[int], records: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """The lists for an echoed prompt. Its first token follows nothing, so that it has no probability."""
+        first = self._lists(())
+        first["tokens"].append(self._shown(token_ids[0]))
+        first["token_logprobs"].append(None)
+        first["top_logprobs"].append(None)
+        first["text_offset"].append(self._place(token_ids[0]))
+        return joined(first, self.generated(records))
+
+    def generated(self, records: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        """The lists for the next tokens of the text."""
+        return self._lists(records)
+
+    def _lists(self, records: Sequence[TokenLogprobs]) -> dict[str, Any]:
+        return {
+            "tokens": [self._shown(record.token_id) for record in records],
+            "token_logprobs": [max(record.logprob, _LEAST) for record in records],
+            "top_logprobs": [self._top(record) for record in records],
+            "text_offset": [self._place(record.token_id) for record in records],
+        }
+
+    def _top(self, record: TokenLogprobs) -> dict[str, float]:
+        top = {
+            self._shown(token_id): max(logprob, _LEAST) for token_id, logprob in record.top[: self._num_top]
+        }
+        top.setdefault(self._shown(record.token_id), max(record.logprob, _LEAST))
+        return top
+
+    def _shown(self, token_id: int) -> str:
+        """A token that is only a part of a character is shown as OpenAI does: ``bytes:\\xe2\\x82``."""
+        data = self._tokenizer.token_bytes(token_id)
+        try:
+            return data.decode("utf-8")
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in data)
+
+    def _place(self, token_id: int) -> int:
+        place = self._offset
+        if token_id not in self._hidden:
+            self._offset += len(self._decoder.decode(self._tokenizer.token_bytes(token_id)))
+        return place
+
+
+def joined(first: dict[str, Any], second: dict[str, Any]) -> dict[str, Any]:
+    """Two sets of lists as one."""
+    return {name: first[name] + second[name] for name in first}

@@ -1,0 +1,156 @@
+"""The bodies of OpenAI's requests, with vLLM's additions, as clients write them.
+
+The models check types and the ranges that do not depend on the served model, and coerce nothing: ``"1"`` and
+``true`` are no numbers. ``null`` means the default. ``validation`` turns them into what the engine takes.
+
+Fields that are not listed here end up in ``model_extra``; ``fields`` tells known ones from unknown ones.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic_core import PydanticCustomError
+
+MAX_CHOICES = 128
+MAX_PROMPTS = 1024
+MAX_STOP_STRINGS = 16
+MAX_STOP_CHARS = 1024
+MAX_LOGPROBS = 20
+MAX_LOGIT_BIAS = 300
+MAX_STOP_TOKENS = 256
+MAX_MESSAGES = 16_384
+
+_INT64_MAX = 2**63 - 1
+_INT32_MAX = 2**31 - 1
+
+
+def _not_negative_zero(value: float) -> float:
+    if value == 0.0 and math.copysign(1.0, value) < 0.0:
+        raise PydanticCustomError("negative_zero", "must not be negative zero; send 0")
+    return value
+
+
+def _text_type(value: Any) -> Any:
+    if isinstance(value, str) and value != "text":
+        raise PydanticCustomError(
+            "unsupported_content_type", "is not supported: this model takes content parts of type 'text' only"
+        )
+    return value
+
+
+def _tag_of_text(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<one>"
+    return "<many>" if isinstance(value, list) else None
+
+
+def _tag_of_prompt(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<text>"
+    if not isinstance(value, list):
+        return None
+    first = value[0] if value else None
+    if isinstance(first, list):
+        return "<many ids>"
+    return "<ids>" if isinstance(first, int) else "<texts>"
+
+
+def _expected(what: str) -> dict[str, Any]:
+    return {"custom_error_type": "wrong_type", "custom_error_message": f"expected {what}"}
+
+
+# Tags of alternatives stand in angle brackets, so that ``field_errors`` can leave them out of a path.
+_Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_not_negative_zero)]
+_TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
+_TokenIds = Annotated[list[_TokenId], Field(min_length=1, fail_fast=True)]
+_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+
+
+class WireModel(BaseModel):
+    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
+
+
+class TextPart(WireModel):
+    type: Annotated[Literal["text"], BeforeValidator(_text_type)]
+    text: str
+
+
+class Message(WireModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[
+        Annotated[str, Tag("<one>")]
+        | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<many>")],
+        Discriminator(_tag_of_text, **_expected("a string or an array of text parts")),
+    ]
+    name: str | None = None
+
+
+class StreamOptions(WireModel):
+    include_usage: bool | None = None
+
+
+class SamplingFields(WireModel):
+    """What chat and text completions have in common."""
+
+    model: str | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    temperature: Annotated[_Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[_Number, Field(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
+    min_p: Annotated[_Number, Field(ge=0, le=1)] | None = None
+    seed: Annotated[int, Field(ge=-_INT64_MAX - 1, le=_INT64_MAX)] | None = None
+    presence_penalty: Annotated[_Number, Field(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[_Number, Field(ge=-2, le=2)] | None = None
+    repetition_penalty: Annotated[_Number, Field(gt=0, le=10)] | None = None
+    logit_bias: (
+        Annotated[
+            dict[str, Annotated[_Number, Field(ge=-100, le=100)]],
+            Field(max_length=MAX_LOGIT_BIAS),
+        ]
+        | None
+    ) = None
+    stop: (
+        Annotated[
+            Annotated[_StopString, Tag("<one>")]
+            | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), Tag("<many>")],
+            Discriminator(_tag_of_text, **_expected("a string or an array of strings")),
+        ]
+        | None
+    ) = None
+    stop_token_ids: Annotated[list[_TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
+    include_stop_str_in_output: bool | None = None
+    ignore_eos: bool | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
+    skip_special_tokens: bool | None = None
+    priority: Annotated[int, Field(ge=-_INT32_MAX, le=_INT32_MAX)] | None = None
+    cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    user: str | None = None
+
+
+class ChatCompletionRequest(SamplingFields):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_tokens: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+
+
+class CompletionRequest(SamplingFields):
+    prompt: Annotated[
+        Annotated[str, Tag("<text>")]
+        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
+        | Annotated[_TokenIds, Tag("<ids>")]
+        | Annotated[list[_TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<many ids>")],
+        Discriminator(
+            _tag_of_prompt, **_expected("a string, an array of strings, or an array (of arrays) of token ids")
+        ),
+    ]
+    # 0 is for scoring a prompt with ``echo``.
+    max_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
+    logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    echo: bool | None = None

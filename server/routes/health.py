@@ -1,0 +1,40 @@
+"""GET /health/live, /health/ready, /health, /version and /metrics"""
+
+from __future__ import annotations
+
+import msgspec
+from fastapi import APIRouter
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
+from starlette.requests import Request
+from starlette.responses import Response
+
+from server.errors import EngineDeadError
+from server.service import VERSION, service_of
+
+router = APIRouter()
+_OK = b'{"status":"ok"}'
+
+
+@router.api_route("/health/live", methods=["GET", "HEAD"])
+async def live() -> Response:
+    """This process answers, whatever the engine does."""
+    return Response(_OK, media_type="application/json")
+
+
+@router.api_route("/health", methods=["GET", "HEAD"])
+@router.api_route("/health/ready", methods=["GET", "HEAD"])
+async def ready(request: Request) -> Response:
+    """The engine takes requests. ``/health`` means the same, as in vLLM."""
+    if not service_of(request).engine.is_ready:
+        raise EngineDeadError("readiness was asked for, and the engine is not ready")
+    return Response(_OK, media_type="application/json")
+
+
+@router.get("/version")
+async def version() -> Response:
+    return Response(msgspec.json.encode({"version": VERSION}), media_type="application/json")
+
+
+@router.get("/metrics")
+async def metrics(request: Request) -> Response:
+    return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -1,0 +1,78 @@
+"""What the routes share: one of these hangs on the application."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import importlib.metadata
+import time
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+
+from server.answer import Answer, AnswerForm
+from server.config import ServerConfig
+from server.engine_protocol import EngineClient
+from server.metrics import Metrics
+from server.sse import EventStream
+from server.tokenization import Tokenization
+from server.validation import Call, Validator
+
+T = TypeVar("T")
+
+VERSION = importlib.metadata.version("inflightd")
+
+
+@dataclass
+class Service:
+    """The parts that answer requests, and how they work together."""
+
+    config: ServerConfig
+    engine: EngineClient
+    tokenization: Tokenization
+    metrics: Metrics
+    validator: Validator
+    started: int = field(default_factory=lambda: int(time.time()))
+
+    @cached_property
+    def system_fingerprint(self) -> str:
+        """Changes with the weights, the device and this program: then a seed may answer differently."""
+        identity = f"{VERSION} {self.engine.spec.model_id} {self.engine.spec.device}"
+        return "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
+
+    async def respond(self, request: Request, call: Call, form: AnswerForm) -> Response:
+        """Runs a call until it is answered or its client is gone."""
+        answer = Answer(call, self.engine, self.tokenization.tokenizer, self.metrics, form)
+        if call.is_stream:
+            return EventStream(answer.events(), request.state.request_id)
+        body = await _while_connected(request, answer.whole())
+        return Response(body, media_type="application/json")
+
+
+async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Awaits ``work``, or cancels it and raises ClientDisconnect as soon as the client is gone."""
+    running = asyncio.create_task(work)
+    watching = asyncio.create_task(_disconnect(request))
+    try:
+        await asyncio.wait((running, watching), return_when=asyncio.FIRST_COMPLETED)
+        if running.done():
+            return running.result()
+        raise ClientDisconnect
+    finally:
+        running.cancel()
+        watching.cancel()
+
+
+async def _disconnect(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+def service_of(request: Request) -> Service:
+    service = request.app.state.service
+    assert isinstance(service, Service)
+    return service

@@ -1,0 +1,113 @@
+"""A stream of Server-Sent Events that costs little a token and ends in a way the client can tell.
+
+Ends are: the whole answer with ``[DONE]``; an error event and no ``[DONE]``; or a closed connection. A clean
+end without ``[DONE]`` does not happen: OpenAI's client takes it for a whole answer.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator
+
+import anyio
+from sse_starlette import EventSourceResponse, ServerSentEvent
+from starlette.types import Receive, Scope, Send
+
+from server.errors import ApiError, ShuttingDownError
+from server.guard import api_error, send_error
+
+DONE = b"data: [DONE]\n\n"
+
+_KEEP_ALIVE_S = 15.0
+_KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
+# A reader that takes nothing for so long is gone, whatever its connection says.
+_STALL_S = 30.0
+
+
+def error_event(error: ApiError) -> bytes:
+    """An error as the last event of a stream."""
+    return b"data: " + error.body() + b"\n\n"
+
+
+class EventStream(EventSourceResponse):
+    """Sends byte chunks, each one or more whole events, as they come.
+
+    sse-starlette's response sets up a cancel scope around each chunk (4 us of CPU, measured) and ends streams
+    as soon as uvicorn begins to shut down. This one sends plainly and lets answers finish:
+
+    - The response begins with the first chunk, so that what fails before it is an HTTP error, or with the
+      first keep-alive comment, after 15 s of silence.
+    - Client gone: the generator is cancelled and closed at once.
+    - Client reads nothing for 30 s: the same. Until then at most one chunk and the socket's buffer wait.
+    - Cancelled from outside (shutdown's deadline): an error event.
+    """
+
+    def __init__(self, chunks: AsyncGenerator[bytes, None], request_id: str) -> None:
+        super().__init__(chunks, sep="\n", ping=int(_KEEP_ALIVE_S))
+        self._chunks = chunks
+        self._request_id = request_id
+        self._has_started = False
+        self._last_sent = 0.0
+        self._is_sending = False
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        self._last_sent = asyncio.get_running_loop().time()
+        async with anyio.create_task_group() as group:
+            group.start_soon(self._watch_client, receive, group.cancel_scope)
+            group.start_soon(self._keep_alive, send, group.cancel_scope)
+            try:
+                await self._send_chunks(send)
+            except asyncio.CancelledError:
+                if not group.cancel_scope.cancel_called:
+                    await self._send_error(ShuttingDownError(), send)
+                raise
+            except Exception as error:
+                await self._send_error(api_error(error, self._request_id), send)
+            finally:
+                # Cancelled while sending, the generator is still open.
+                await self._chunks.aclose()
+            group.cancel_scope.cancel()
+
+    async def _send_chunks(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time
+        async for chunk in self._chunks:
+            if not self._has_started:
+                await self._start(send)
+            self._is_sending = True
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            self._is_sending = False
+            self._last_sent = now()
+        if not self._has_started:
+            await self._start(send)
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    async def _start(self, send: Send) -> None:
+        self._has_started = True
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+
+    async def _send_error(self, error: ApiError, send: Send) -> None:
+        if not self._has_started:
+            await send_error(error, send)
+            return
+        await send({"type": "http.response.body", "body": error_event(error), "more_body": False})
+
+    async def _watch_client(self, receive: Receive, scope: anyio.CancelScope) -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        scope.cancel()
+
+    async def _keep_alive(self, send: Send, scope: anyio.CancelScope) -> None:
+        now = asyncio.get_running_loop().time
+        while True:
+            await asyncio.sleep(max(self._last_sent + _KEEP_ALIVE_S - now(), 1.0))
+            silence = now() - self._last_sent
+            if self._is_sending and silence >= _STALL_S:
+                scope.cancel()
+            elif not self._is_sending and silence >= _KEEP_ALIVE_S:
+                with anyio.move_on_after(_STALL_S) as patience:
+                    if not self._has_started:
+                        await self._start(send)
+                    await send({"type": "http.response.body", "body": _KEEP_ALIVE, "more_body": True})
+                self._last_sent = now()
+                if patience.cancelled_caught:
+                    scope.cancel()

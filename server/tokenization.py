@@ -1,0 +1,76 @@
+"""Texts become token ids in threads, so that no stream waits for somebody else's prompt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from server.tokenizer import Tokenizer
+
+T = TypeVar("T")
+
+# Tokenizing this much takes some 10 ms; longer texts queue in a lane of their own.
+_LONG_TEXT_CHARS = 64 * 1024
+
+
+class TextTooLongError(Exception):
+    """A text was not tokenized, since it has at least ``num_tokens`` tokens, which is over the limit."""
+
+    def __init__(self, num_tokens: int) -> None:
+        super().__init__(num_tokens)
+        self.num_tokens = num_tokens
+
+
+class Tokenization:
+    """The tokenizer off the event loop: short texts in one thread, long ones in another.
+
+    The tokenizer releases the GIL while it works, without which threads would be of no use.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self._short = ThreadPoolExecutor(1, thread_name_prefix="tokenize-short")
+        self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
+
+    async def encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
+        """Token ids of each text, with the special tokens that the model wants around a text.
+
+        Raises:
+            TextTooLongError: one of them is certainly over ``limit`` tokens. Those that come back may be.
+            InvalidTextError: lone surrogates.
+        """
+
+        def work() -> list[list[int]]:
+            for text in texts:
+                self._refuse_far_too_long(text, limit)
+            return self.tokenizer.encode_batch(texts)
+
+        return await self._run(sum(map(len, texts)), work)
+
+    async def encode_chat(self, messages: Sequence[dict[str, Any]], limit: int) -> list[int]:
+        """Token ids of a conversation in the model's template, up to where its answer begins.
+
+        Raises:
+            ChatTemplateError: the model has no template, or its template refuses the conversation.
+            TextTooLongError, InvalidTextError: as ``encode``.
+        """
+
+        def work() -> list[int]:
+            # Templates may trim each message, and add text, but take nothing else away.
+            self._refuse_far_too_long("".join(message["content"].strip() for message in messages), limit)
+            return self.tokenizer.encode_chat(messages)
+
+        return await self._run(sum(len(message["content"]) for message in messages), work)
+
+    async def decode(self, token_ids: Sequence[int]) -> str:
+        return await self._run(len(token_ids), lambda: self.tokenizer.decode(token_ids))
+
+    def _refuse_far_too_long(self, text: str, limit: int) -> None:
+        if len(text) > limit and (num_tokens := self.tokenizer.min_tokens_for(text)) > limit:
+            raise TextTooLongError(num_tokens)
+
+    async def _run(self, num_chars: int, work: Callable[[], T]) -> T:
+        lane = self._long if num_chars > _LONG_TEXT_CHARS else self._short
+        return await asyncio.get_running_loop().run_in_executor(lane, work)
