@@ -1,7 +1,7 @@
 """Reads the header of .gguf files, which anybody may have written.
 
 The header holds every token and every merge of the vocabulary. Walking it here takes 30 ms for 100,000
-strings (the ``gguf`` package's reader makes an array for each: 2.3 s) and checks each length against the file.
+strings (the ``gguf`` package's reader makes an array for each: 2.3 s) and checks every length.
 
 Format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, little-endian.
 """
@@ -67,8 +67,8 @@ class GgufFile:
         header_digest: SHA-256 of everything before the tensors' data.
 
     Raises:
-        CheckpointError: the file is no GGUF file, is of another version or byte order, is cut off, or contradicts
-            itself.
+        CheckpointError: the file is no GGUF file, is of another version or byte order, is cut off, or
+            contradicts itself.
     """
 
     metadata: Mapping[str, object]
