@@ -1,0 +1,263 @@
+"""A vector of 16 floats for numba, and the operations that the CPU kernels are written in.
+
+numba leaves vectorisation to LLVM's heuristics, which choose the order of a sum, and give up on reductions,
+exponentials and register tiles. A value of the numba type ``float32x16`` is an LLVM ``<16 x float>``: one
+register with AVX-512, two with AVX2. Each lane sees the same IEEE operations in the same order in every code
+path, which is what makes a sequence's result independent of the batch it is computed in.
+
+Arrays are C-contiguous float32 of any rank; offsets count elements of the flat array and are not checked.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from llvmlite import ir
+from numba.core import cgutils, types
+from numba.extending import intrinsic, models, register_model
+
+LANES = 16
+FLOAT = ir.FloatType()
+INT32 = ir.IntType(32)
+INT64 = ir.IntType(64)
+VECTOR = ir.VectorType(FLOAT, LANES)
+INT_VECTOR = ir.VectorType(INT32, LANES)
+
+
+class Float32x16(types.Type):  # type: ignore[misc]
+    """numba's name for ``<16 x float>``. Such a value lives in registers; it never reaches Python."""
+
+    def __init__(self) -> None:
+        super().__init__(name="float32x16")
+
+
+float32x16 = Float32x16()
+
+
+@register_model(Float32x16)
+class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
+    def __init__(self, manager: Any, numba_type: Any) -> None:
+        super().__init__(manager, numba_type, VECTOR)
+
+
+def array_pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
+    """The address of element 0 of a numba array."""
+    return context.make_array(array_type)(context, builder, value=array).data
+
+
+def element_pointer(builder: Any, pointer: Any, offset: Any) -> Any:
+    return builder.gep(pointer, [offset])
+
+
+def load_vector(builder: Any, pointer: Any) -> Any:
+    return builder.load(builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
+
+
+def store_vector(builder: Any, vector: Any, pointer: Any) -> None:
+    builder.store(vector, builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
+
+
+def splat_vector(builder: Any, value: Any) -> Any:
+    """All lanes set to one float."""
+    undefined = ir.Constant(VECTOR, ir.Undefined)
+    first = builder.insert_element(undefined, value, INT32(0))
+    return builder.shuffle_vector(first, undefined, ir.Constant(INT_VECTOR, [INT32(0)] * LANES))
+
+
+def constant_vector(value: float) -> Any:
+    return ir.Constant(VECTOR, [FLOAT(value)] * LANES)
+
+
+def fused_multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c: fused on every processor that has the instruction, and then always."""
+    signature = ir.FunctionType(VECTOR, [VECTOR, VECTOR, VECTOR])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.fmuladd.v16f32")
+    return builder.call(function, [a, b, c])
+
+
+def check_array(array: Any) -> None:
+    if not (isinstance(array, types.Array) and array.dtype == types.float32 and array.layout == "C"):
+        raise TypeError(f"a C-contiguous float32 array is needed, not {array}")
+
+
+@intrinsic  # type: ignore[misc]
+def load(typing_context: Any, array: Any, offset: Any) -> Any:
+    """16 consecutive elements."""
+    check_array(array)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = array_pointer(context, builder, signature.args[0], arguments[0])
+        return load_vector(builder, element_pointer(builder, pointer, arguments[1]))
+
+    return float32x16(array, types.int64), generate
+
+
+@intrinsic  # type: ignore[misc]
+def store(typing_context: Any, array: Any, offset: Any, vector: Any) -> Any:
+    """Writes 16 consecutive elements."""
+    check_array(array)
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = array_pointer(context, builder, signature.args[0], arguments[0])
+        store_vector(builder, arguments[2], element_pointer(builder, pointer, arguments[1]))
+        return context.get_dummy_value()
+
+    return types.void(array, types.int64, float32x16), generate
+
+
+@intrinsic  # type: ignore[misc]
+def splat(typing_context: Any, value: Any) -> Any:
+    """All lanes equal to ``value``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return splat_vector(builder, arguments[0])
+
+    return float32x16(types.float32), generate
+
+
+@intrinsic  # type: ignore[misc]
+def add(typing_context: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fadd(*arguments)
+
+    return float32x16(float32x16, float32x16), generate
+
+
+@intrinsic  # type: ignore[misc]
+def subtract(typing_context: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fsub(*arguments)
+
+    return float32x16(float32x16, float32x16), generate
+
+
+@intrinsic  # type: ignore[misc]
+def multiply(typing_context: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fmul(*arguments)
+
+    return float32x16(float32x16, float32x16), generate
+
+
+@intrinsic  # type: ignore[misc]
+def divide(typing_context: Any, a: Any, b: Any) -> Any:
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.fdiv(*arguments)
+
+    return float32x16(float32x16, float32x16), generate
+
+
+@intrinsic  # type: ignore[misc]
+def at_most(typing_context: Any, vector: Any, limit: Any) -> Any:
+    """Lanes above ``limit`` replaced by it. NaN stays NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, bound = arguments[0], splat_vector(builder, arguments[1])
+        return builder.select(builder.fcmp_ordered(">", value, bound), bound, value)
+
+    return float32x16(float32x16, types.float32), generate
+
+
+@intrinsic  # type: ignore[misc]
+def maximum(typing_context: Any, a: Any, b: Any) -> Any:
+    """``a`` where a > b, else ``b``: one instruction. Where either is NaN this is ``b``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        first, second = arguments
+        return builder.select(builder.fcmp_ordered(">", first, second), first, second)
+
+    return float32x16(float32x16, float32x16), generate
+
+
+@intrinsic  # type: ignore[misc]
+def keep_between(typing_context: Any, vector: Any, first: Any, stop: Any, other: Any) -> Any:
+    """Lanes ``first`` to ``stop - 1`` of ``vector`` and ``other`` elsewhere; the bounds may lie outside 0..16."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value, low, high, fill = arguments
+        lane = ir.Constant(INT_VECTOR, [INT32(i) for i in range(LANES)])
+        undefined = ir.Constant(INT_VECTOR, ir.Undefined)
+        zeros = ir.Constant(INT_VECTOR, [INT32(0)] * LANES)
+
+        def spread(bound: Any) -> Any:
+            first_lane = builder.insert_element(undefined, builder.trunc(bound, INT32), INT32(0))
+            return builder.shuffle_vector(first_lane, undefined, zeros)
+
+        inside = builder.and_(
+            builder.icmp_signed(">=", lane, spread(low)), builder.icmp_signed("<", lane, spread(high))
+        )
+        return builder.select(inside, value, splat_vector(builder, fill))
+
+    return float32x16(float32x16, types.int64, types.int64, types.float32), generate
+
+
+def _fold_halves(builder: Any, vector: Any, combine: Any) -> Any:
+    """Combines 16 lanes to 1 in a fixed tree: lanes i and i + 8, then i + 4, i + 2, i + 1."""
+    for width in (8, 4, 2, 1):
+        undefined = ir.Constant(ir.VectorType(FLOAT, 2 * width), ir.Undefined)
+        mask_type = ir.VectorType(INT32, width)
+        low = ir.Constant(mask_type, [INT32(i) for i in range(width)])
+        high = ir.Constant(mask_type, [INT32(i + width) for i in range(width)])
+        vector = combine(
+            builder.shuffle_vector(vector, undefined, low), builder.shuffle_vector(vector, undefined, high)
+        )
+    return builder.extract_element(vector, INT32(0))
+
+
+@intrinsic  # type: ignore[misc]
+def sum_lanes(typing_context: Any, vector: Any) -> Any:
+    """The sum of the lanes, always added in the same order."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _fold_halves(builder, arguments[0], builder.fadd)
+
+    return types.float32(float32x16), generate
+
+
+@intrinsic  # type: ignore[misc]
+def max_lanes(typing_context: Any, vector: Any) -> Any:
+    """The largest lane; NaN lanes may be lost."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return _fold_halves(
+            builder, arguments[0], lambda a, b: builder.select(builder.fcmp_ordered(">", a, b), a, b)
+        )
+
+    return types.float32(float32x16), generate
+
+
+# 2**f on [-1/2, 1/2]: the polynomial of degree 6 with the least relative error (1.9e-9 before rounding).
+_EXP2_COEFFICIENTS = (
+    0.00015345810970757157,
+    0.0013399930903688073,
+    0.009618489071726799,
+    0.05550328642129898,
+    0.24022646248340607,
+    0.6931471824645996,
+    1.0,
+)
+_ROUND_TO_INTEGER = 12582912.0  # 1.5 * 2**23: adding it leaves an integer in the low bits of the significand
+
+
+@intrinsic  # type: ignore[misc]
+def exp2(typing_context: Any, vector: Any) -> Any:
+    """2**x with a relative error below 1e-7, for x < 127; 0 below -126; NaN stays NaN."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        x = arguments[0]
+        lowest = constant_vector(-126.0)
+        underflows = builder.fcmp_ordered("<", x, lowest)
+        x = builder.select(underflows, lowest, x)
+        shifted = builder.fadd(x, constant_vector(_ROUND_TO_INTEGER))
+        fraction = builder.fsub(x, builder.fsub(shifted, constant_vector(_ROUND_TO_INTEGER)))
+        value = constant_vector(_EXP2_COEFFICIENTS[0])
+        for coefficient in _EXP2_COEFFICIENTS[1:]:
+            value = fused_multiply_add(builder, value, fraction, constant_vector(coefficient))
+        exponent = builder.add(
+            builder.bitcast(shifted, INT_VECTOR), ir.Constant(INT_VECTOR, [INT32(127)] * LANES)
+        )
+        power = builder.bitcast(builder.shl(exponent, ir.Constant(INT_VECTOR, [INT32(23)] * LANES)), VECTOR)
+        # A multiplication, not integer arithmetic on the exponent, so that a NaN is not turned into a number.
+        return builder.select(underflows, constant_vector(0.0), builder.fmul(value, power))
+
+    return float32x16(float32x16), generate

@@ -1,0 +1,11 @@
+"""Short names for the array types that the kernels take."""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+Float32Array: TypeAlias = npt.NDArray[np.float32]
+Int32Array: TypeAlias = npt.NDArray[np.int32]
