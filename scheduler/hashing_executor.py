@@ -20,7 +20,7 @@ from scheduler.messages import (
 )
 
 _MASK = (1 << 64) - 1
-_EMPTY_PREFIX = 0x9E3779B97F4A7C15
+EMPTY_PREFIX = 0x9E3779B97F4A7C15
 _POISON = -1
 
 
@@ -52,7 +52,7 @@ def describe(prefix_hash: int, token_id: int, num_top: int, vocab_size: int) -> 
 
 def run_alone(request: Request, spec: ExecutorSpec) -> tuple[list[int], FinishReason]:
     """What a request must generate, worked out without blocks, steps or a scheduler."""
-    params, prefix_hash = request.params, _EMPTY_PREFIX
+    params, prefix_hash = request.params, EMPTY_PREFIX
     for token_id in request.prompt_token_ids:
         prefix_hash = extend_hash(prefix_hash, token_id)
     max_tokens = min(
@@ -93,7 +93,7 @@ class HashingExecutor:
 
     Args:
         num_blocks, block_size, vocab_size, max_num_seqs, max_num_batched_tokens, max_model_len: as in
-            ``ExecutorSpec``. With a vocabulary of 2 and small blocks, prefixes of different requests coincide.
+            ``ExecutorSpec``. With a vocabulary of 2 and small blocks, prefixes of requests coincide.
         step_seconds: how long a step takes at least.
         fail_at_steps: ids of steps that raise RuntimeError after destroying the slots they were to write.
             They have forgotten ``released`` and learned ``new`` all the same, as those of any executor must.
@@ -228,7 +228,7 @@ class HashingExecutor:
 
     def _read(self, state: _State, num_tokens: int) -> int:
         """The prefix hash after ``num_tokens`` tokens, if every slot up to there holds what it must."""
-        prefix_hash = _EMPTY_PREFIX
+        prefix_hash = EMPTY_PREFIX
         for position in range(num_tokens):
             prefix_hash = extend_hash(prefix_hash, state.token_ids[position])
             slot = self._slot(state, position)
@@ -237,7 +237,7 @@ class HashingExecutor:
         return prefix_hash
 
     def _write(self, state: _State, share: ScheduledSequence) -> None:
-        prefix_hash = self._slots[self._slot(state, share.start - 1)] if share.start else _EMPTY_PREFIX
+        prefix_hash = self._slots[self._slot(state, share.start - 1)] if share.start else EMPTY_PREFIX
         for position in range(share.start, share.start + share.num_tokens):
             prefix_hash = extend_hash(prefix_hash, state.token_ids[position])
             self._slots[self._slot(state, position)] = prefix_hash

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/step_loop.py [--sequences 256] [--steps 1000]
 
-Counted is everything ``EngineCore.step`` does except the executor's own work: scheduling, making the step, taking its
-result, making the outputs and the statistics.
+Counted is everything ``EngineCore.step`` does except the executor's own work: scheduling, making the step,
+taking its result, making the outputs and the statistics.
 """
 
 from __future__ import annotations

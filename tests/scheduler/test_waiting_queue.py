@@ -52,7 +52,8 @@ def test_removing_the_unknown_is_an_error() -> None:
 
 def test_random_additions_and_removals_keep_the_order() -> None:
     rng = random.Random(5)
-    queue, present = WaitingQueue(), []
+    queue = WaitingQueue()
+    present: list[Sequence] = []
     for number in range(2000):
         if present and rng.random() < 0.45:
             queue.remove(present.pop(rng.randrange(len(present))))

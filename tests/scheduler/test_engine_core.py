@@ -1,0 +1,175 @@
+"""The step loop with a real executor behind it: waiting, failing, overlapping, ending."""
+
+from __future__ import annotations
+
+import inspect
+import time
+
+import pytest
+
+from scheduler.engine_core import EngineCore
+from scheduler.hashing_executor import HashingExecutor, run_alone
+from scheduler.messages import EngineOutput, FinishReason, Request, SamplingParams
+
+IN_FLIGHT = pytest.mark.parametrize("max_in_flight", [1, 2])
+
+
+def drain(engine: EngineCore) -> dict[str, list[EngineOutput]]:
+    outputs: dict[str, list[EngineOutput]] = {}
+    while engine.has_work:
+        for output in engine.step().outputs:
+            outputs.setdefault(output.request_id, []).append(output)
+        engine.check_invariants()
+    return outputs
+
+
+def tokens(outputs: list[EngineOutput]) -> list[int]:
+    return [token_id for output in outputs for token_id in output.token_ids]
+
+
+def request(name: str, *, salt: str | None = None, **params: object) -> Request:
+    prompt = tuple(map(int, f"{sum(map(ord, name)) * 7919:040b}"))
+    return Request(name, prompt, SamplingParams(**{"max_tokens": 9, **params}), cache_salt=salt)  # type: ignore[arg-type]
+
+
+def test_the_step_loop_fits_on_one_screen() -> None:
+    assert len(inspect.getsource(EngineCore.step).splitlines()) <= 24
+
+
+def test_a_step_without_work_returns_at_once() -> None:
+    engine = EngineCore(HashingExecutor(8, 4))
+    assert not engine.has_work
+    result = engine.step()
+    assert (result.outputs, result.stats.steps_total) == ((), 0)
+
+
+@IN_FLIGHT
+def test_requests_run_together_as_they_do_alone(max_in_flight: int) -> None:
+    executor = HashingExecutor(64, 4, max_num_batched_tokens=16, max_in_flight=max_in_flight)
+    engine = EngineCore(executor)
+    requests = [request(f"r{index}", seed=index, stop_token_ids=(1,), min_tokens=index) for index in range(9)]
+    for one in requests:
+        engine.add_request(one)
+    outputs = drain(engine)
+    for one in requests:
+        expected, reason = run_alone(one, executor.spec)
+        assert tokens(outputs[one.request_id]) == expected
+        assert outputs[one.request_id][-1].finish_reason is reason
+    engine.shutdown()
+
+
+def test_two_steps_are_in_flight_if_the_executor_allows_it() -> None:
+    executor = HashingExecutor(64, 4, max_in_flight=2, step_seconds=0.05)
+    engine = EngineCore(executor)
+    engine.add_request(request("a", max_tokens=4))
+    start = time.monotonic()
+    assert engine.step().outputs == ()
+    assert time.monotonic() - start < 0.04  # handed over, not waited for
+    (output,) = engine.step().outputs
+    assert len(output.token_ids) == 1
+    assert engine.stats.steps_total == 2
+    assert sum(len(one.token_ids) for one in drain(engine)["a"]) == 3
+    engine.shutdown()
+
+
+@IN_FLIGHT
+def test_a_failed_step_ends_its_sequences_and_the_next_runs(max_in_flight: int) -> None:
+    executor = HashingExecutor(
+        64, 4, max_num_seqs=2, max_num_batched_tokens=100, max_in_flight=max_in_flight, fail_at_steps=(3,)
+    )
+    engine = EngineCore(executor)
+    requests = [request(name) for name in "abcd"]
+    for one in requests:
+        engine.add_request(one)
+    outputs = drain(engine)
+    for one in requests[:2]:
+        last = outputs[one.request_id][-1]
+        assert (last.finish_reason, last.error) == (
+            FinishReason.ERROR,
+            "RuntimeError: step 3 was told to fail",
+        )
+        assert len(tokens(outputs[one.request_id])) == 2
+    spec = HashingExecutor(64, 4).spec
+    for one in requests[2:]:
+        assert tokens(outputs[one.request_id]) == run_alone(one, spec)[0]
+    assert engine.stats.kv_cache_usage == 0
+    engine.shutdown()
+
+
+@IN_FLIGHT
+def test_the_prompt_of_a_failed_step_is_not_in_the_cache(max_in_flight: int) -> None:
+    engine = EngineCore(HashingExecutor(64, 4, max_in_flight=max_in_flight, fail_at_steps=(1,)))
+    engine.add_request(request("a"))
+    assert drain(engine)["a"][-1].finish_reason is FinishReason.ERROR
+    engine.add_request(request("a"))
+    outputs = drain(engine)["a"]
+    assert outputs[-1].finish_reason is FinishReason.LENGTH
+    assert outputs[0].num_cached_tokens == 0
+    engine.add_request(request("a"))
+    assert drain(engine)["a"][0].num_cached_tokens == 36
+    engine.shutdown()
+
+
+@IN_FLIGHT
+def test_an_invalid_token_ends_one_request(max_in_flight: int) -> None:
+    engine = EngineCore(HashingExecutor(64, 4, max_in_flight=max_in_flight, invalid_at_steps=(2,)))
+    engine.add_request(request("a"))
+    engine.add_request(request("b"))
+    outputs = drain(engine)
+    assert (len(tokens(outputs["a"])), outputs["a"][-1].finish_reason) == (1, FinishReason.ERROR)
+    assert (len(tokens(outputs["b"])), outputs["b"][-1].finish_reason) == (9, FinishReason.LENGTH)
+    engine.shutdown()
+
+
+@IN_FLIGHT
+def test_an_aborted_request_frees_its_blocks_at_once(max_in_flight: int) -> None:
+    engine = EngineCore(HashingExecutor(64, 4, max_in_flight=max_in_flight))
+    engine.add_request(request("a", max_tokens=100))
+    for _ in range(3):
+        engine.step()
+    assert engine.stats.kv_cache_usage > 0
+    engine.abort("a")
+    assert engine.stats.kv_cache_usage == 0
+    assert engine.has_work
+    outputs = drain(engine)["a"]
+    assert [output.finish_reason for output in outputs] == [FinishReason.ABORT]
+    engine.abort("a")
+    assert drain(engine) == {}
+    engine.shutdown()
+
+
+def test_salts_keep_prefixes_apart() -> None:
+    engine = EngineCore(HashingExecutor(64, 4))
+    hits = []
+    for salt in (None, "x", "y", "x", None):
+        engine.add_request(request("a", salt=salt))
+        hits.append(drain(engine)["a"][0].num_cached_tokens)
+    assert hits == [0, 0, 0, 36, 36]
+
+
+def test_a_duplicate_id_is_an_error() -> None:
+    engine = EngineCore(HashingExecutor(64, 4))
+    engine.add_request(request("a"))
+    with pytest.raises(ValueError, match="'a'"):
+        engine.add_request(request("a"))
+    assert len(tokens(drain(engine)["a"])) == 9
+
+
+def test_what_can_never_run_is_answered_with_the_next_step() -> None:
+    engine = EngineCore(HashingExecutor(64, 4, max_model_len=16))
+    engine.add_request(request("a"))
+    assert engine.has_work
+    (output,) = engine.step().outputs
+    assert output.finish_reason is FinishReason.ERROR
+    assert "40 tokens" in (output.error or "")
+    assert drain(engine) == {}
+
+
+@IN_FLIGHT
+def test_shutdown_waits_for_steps_in_flight(max_in_flight: int) -> None:
+    engine = EngineCore(
+        HashingExecutor(64, 4, max_in_flight=max_in_flight, step_seconds=0.02, fail_at_steps=(1,))
+    )
+    engine.add_request(request("a"))
+    engine.step()
+    engine.shutdown()
