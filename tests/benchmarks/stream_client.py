@@ -1,0 +1,219 @@
+"""A closed-loop HTTP client that spends almost no CPU while the clock runs.
+
+It shares the machine's cores with the server it measures, so during a run it only stores what each read of a
+socket returned and when. Chunked encoding, server-sent events and JSON are taken apart after the run; every
+token still gets the time at which its bytes arrived.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import uvloop
+
+LAST_CHUNK = b"\r\n0\r\n\r\n"  # with the end of the chunk before: a header may end in "0" as well
+
+
+class ResponseError(Exception):
+    """A response that is no complete stream of tokens."""
+
+
+@dataclass(slots=True)
+class Exchange:
+    """One request as it went over the wire. Times are seconds of ``time.perf_counter()``."""
+
+    start: float
+    reads: list[tuple[float, bytes]] = field(default_factory=list)
+    failure: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One streamed completion.
+
+    Attributes:
+        start: when the request was sent.
+        token_times: arrival of each event that carried text; a server may send two tokens in one event.
+        num_prompt_tokens, num_output_tokens: from the ``usage`` that the server sent.
+    """
+
+    start: float
+    token_times: tuple[float, ...]
+    text: str
+    finish_reason: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """All exchanges of one closed loop, the seconds it took, and the CPU seconds that the client used."""
+
+    exchanges: list[Exchange]
+    seconds: float
+    client_cpu_seconds: float
+
+
+def run_closed_loop(
+    port: int, path: str, bodies: Sequence[dict[str, object]], concurrency: int, seconds_for_one: float
+) -> Run:
+    """Posts ``bodies`` to 127.0.0.1 in order, ``concurrency`` at a time, each on a connection of its own.
+
+    Args:
+        seconds_for_one: after which a request counts as failed.
+    """
+    requests = [_http_request(port, path, body) for body in bodies]
+    gc.collect()
+    gc.disable()
+    try:
+        return uvloop.run(_closed_loop(port, requests, concurrency, seconds_for_one))
+    finally:
+        gc.enable()
+
+
+def _http_request(port: int, path: str, body: dict[str, object]) -> bytes:
+    content = json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
+        f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+    )
+    return head.encode() + content
+
+
+async def _closed_loop(port: int, requests: Sequence[bytes], concurrency: int, seconds_for_one: float) -> Run:
+    exchanges: list[Exchange] = []
+    pending = iter(requests)
+
+    async def work() -> None:
+        for request in pending:  # one iterator for all workers: the next free one takes the next request
+            exchange = Exchange(time.perf_counter())
+            exchanges.append(exchange)
+            try:
+                async with asyncio.timeout(seconds_for_one):
+                    await _post(port, request, exchange)
+            except (OSError, TimeoutError) as error:
+                exchange.failure = repr(error)
+
+    start, start_cpu = time.perf_counter(), time.process_time()
+    await asyncio.gather(*(work() for _ in range(concurrency)))
+    return Run(exchanges, time.perf_counter() - start, time.process_time() - start_cpu)
+
+
+async def _post(port: int, request: bytes, exchange: Exchange) -> None:
+    loop = asyncio.get_running_loop()
+    finished = loop.create_future()
+    transport, _ = await loop.create_connection(lambda: _Reader(exchange, finished), "127.0.0.1", port)
+    try:
+        transport.write(request)
+        await finished
+    finally:
+        transport.close()
+
+
+class _Reader(asyncio.Protocol):
+    """Stores what arrives on one connection and says when the response is complete."""
+
+    def __init__(self, exchange: Exchange, finished: asyncio.Future[None]) -> None:
+        self._exchange = exchange
+        self._finished = finished
+        self._tail = b""
+
+    def data_received(self, data: bytes) -> None:
+        reads = self._exchange.reads
+        reads.append((time.perf_counter(), data))
+        if len(reads) == 1 and not data.startswith(b"HTTP/1.1 200 "):
+            # An error has no last chunk to wait for, and its beginning says enough.
+            self._finish(ConnectionError(data[:300].decode(errors="replace")))
+            return
+        self._tail = (self._tail + data)[-len(LAST_CHUNK) :]
+        if self._tail == LAST_CHUNK:
+            self._finish(None)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self._finish(error or ConnectionError("closed before the last chunk"))
+
+    def _finish(self, error: Exception | None) -> None:
+        if self._finished.done():
+            return
+        if error is None:
+            self._finished.set_result(None)
+        else:
+            self._finished.set_exception(error)
+
+
+def read_answer(exchange: Exchange) -> Answer:
+    """Takes a stored exchange apart.
+
+    Raises:
+        ResponseError: the request failed, the stream is incomplete, or it carries no usage.
+    """
+    if exchange.failure:
+        raise ResponseError(exchange.failure)
+    times: list[float] = []
+    texts: list[str] = []
+    usage = None
+    finish_reason = ""
+    last = ""
+    for arrival, last in _events(exchange.reads):
+        if last == "[DONE]":
+            break
+        event = json.loads(last)
+        usage = event.get("usage") or usage
+        for choice in event.get("choices", ()):
+            text = choice.get("text") or (choice.get("delta") or {}).get("content")
+            finish_reason = choice.get("finish_reason") or finish_reason
+            if text:
+                texts.append(text)
+                times.append(arrival)
+    if last != "[DONE]" or usage is None or not times:
+        raise ResponseError(
+            f"incomplete stream: usage {usage}, {len(times)} texts, last event {last[:200]!r}"
+        )
+    return Answer(
+        exchange.start,
+        tuple(times),
+        "".join(texts),
+        finish_reason,
+        usage["prompt_tokens"],
+        usage["completion_tokens"],
+    )
+
+
+def _events(reads: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, str]]:
+    """The data of each server-sent event, with the arrival of its last byte."""
+    body = bytearray()
+    arrivals: list[tuple[int, float]] = []  # (bytes of the body that had arrived, when)
+    for arrival, content in _chunks(reads):
+        body += content
+        arrivals.append((len(body), arrival))
+    position, index = 0, 0
+    for line in bytes(body).splitlines(keepends=True):
+        position += len(line)
+        if line.startswith(b"data:"):
+            while arrivals[index][0] < position:
+                index += 1
+            yield arrivals[index][1], line[5:].strip().decode()
+
+
+def _chunks(reads: Sequence[tuple[float, bytes]]) -> Iterator[tuple[float, bytes]]:
+    """Each HTTP chunk: when its last byte arrived, and its content."""
+    stream = b"".join(data for _, data in reads)
+    head_end = stream.index(b"\r\n\r\n") + 4
+    if b"chunked" not in stream[:head_end].lower():
+        raise ResponseError("the response is not in chunked encoding")
+    position, received, index = head_end, len(reads[0][1]), 0
+    while True:
+        line_end = stream.index(b"\r\n", position)
+        size = int(stream[position:line_end].split(b";")[0], 16)
+        if size == 0:
+            return
+        start, position = line_end + 2, line_end + 2 + size + 2
+        while received < start + size:
+            index += 1
+            received += len(reads[index][1])
+        yield reads[index][0], stream[start : start + size]

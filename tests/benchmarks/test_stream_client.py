@@ -1,0 +1,123 @@
+"""The benchmark's client: what it reads from a stream, and its closed loop against a small real server."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+
+import pytest
+
+from tests.benchmarks.stream_client import Exchange, ResponseError, read_answer, run_closed_loop
+
+HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nKeep-Alive: timeout=5, max=100\r\n\r\n"
+
+
+def _event(content: object, line_end: str) -> bytes:
+    text = content if isinstance(content, str) else json.dumps(content)
+    return f"data: {text}{line_end}{line_end}".encode()
+
+
+def _events(line_end: str = "\n") -> list[bytes]:
+    usage = {"prompt_tokens": 5, "completion_tokens": 3}
+    return [
+        _event({"choices": [{"delta": {"role": "assistant", "content": ""}}]}, line_end),
+        _event({"choices": [{"delta": {"content": "é"}}]}, line_end),
+        _event({"choices": [{"text": "b\n"}]}, line_end),
+        _event({"choices": [{"text": "", "finish_reason": "length"}]}, line_end),
+        _event({"choices": [], "usage": usage}, line_end),
+        _event("[DONE]", line_end),
+    ]
+
+
+def _chunk(content: bytes) -> bytes:
+    return f"{len(content):x}\r\n".encode() + content + b"\r\n"
+
+
+def _stream(line_end: str = "\n") -> list[bytes]:
+    return [HEAD, *map(_chunk, _events(line_end)), b"0\r\n\r\n"]
+
+
+@pytest.mark.parametrize("line_end", ["\n", "\r\n"])
+def test_tokens_get_the_time_of_their_last_byte(line_end: str) -> None:
+    parts = _stream(line_end)
+    exchange = Exchange(0.5, [(float(number), part) for number, part in enumerate(parts)])
+    answer = read_answer(exchange)
+    assert answer.token_times == (2.0, 3.0)
+    assert (answer.start, answer.text, answer.finish_reason) == (0.5, "éb\n", "length")
+    assert (answer.num_prompt_tokens, answer.num_output_tokens) == (5, 3)
+
+
+def test_any_split_of_the_bytes_reads_the_same() -> None:
+    stream = b"".join(_stream())
+    end_of_first_token = stream.index(b"}\n\n", stream.index(b"\\u00e9")) + 2
+    for split in range(1, len(stream)):
+        answer = read_answer(Exchange(0.0, [(1.0, stream[:split]), (2.0, stream[split:])]))
+        assert answer.text == "éb\n"
+        assert answer.token_times[0] == (1.0 if split > end_of_first_token else 2.0), split
+
+
+@pytest.mark.parametrize("missing", ["[DONE]", "usage"])
+def test_incomplete_streams_are_refused(missing: str) -> None:
+    parts = [part for part in _stream() if missing.encode() not in part]
+    with pytest.raises(ResponseError, match="incomplete"):
+        read_answer(Exchange(0.0, [(0.0, b"".join(parts))]))
+
+
+class _Server:
+    """Answers each POST with the stream above, slowly, and counts how many it answers at once."""
+
+    def __init__(self) -> None:
+        self.running = 0
+        self.most_at_once = 0
+        self.bodies: list[bytes] = []
+
+    async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
+        self.bodies.append(await reader.readexactly(length))
+        if head.startswith(b"POST /fail "):
+            writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 6\r\n\r\nbroken")
+        elif head.startswith(b"POST /cut "):
+            writer.write(HEAD + _chunk(_events()[0]))
+        else:
+            self.running += 1
+            self.most_at_once = max(self.most_at_once, self.running)
+            for part in _stream()[:-1]:
+                writer.write(part)
+                await asyncio.sleep(0.002)
+            self.running -= 1
+            writer.write(_stream()[-1])
+        writer.close()
+
+
+@pytest.fixture
+def server() -> Iterator[tuple[_Server, int]]:
+    """The server above in a thread of its own, and its port."""
+    state = _Server()
+    loop = asyncio.new_event_loop()
+    listener = loop.run_until_complete(asyncio.start_server(state.answer, "127.0.0.1", 0))
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    yield state, listener.sockets[0].getsockname()[1]
+    loop.call_soon_threadsafe(listener.close)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+
+
+def test_closed_loop(server: tuple[_Server, int]) -> None:
+    state, port = server
+    run = run_closed_loop(port, "/v1/completions", [{"number": number} for number in range(12)], 4, 10.0)
+    assert sorted(json.loads(body)["number"] for body in state.bodies) == list(range(12))
+    assert state.most_at_once == 4
+    assert [read_answer(exchange).num_output_tokens for exchange in run.exchanges] == [3] * 12
+    assert run.client_cpu_seconds < run.seconds
+
+
+@pytest.mark.parametrize(("path", "message"), [("/fail", "400 Bad Request"), ("/cut", "closed before")])
+def test_failures_are_told(server: tuple[_Server, int], path: str, message: str) -> None:
+    run = run_closed_loop(server[1], path, [{}], 1, 10.0)
+    with pytest.raises(ResponseError, match=message):
+        read_answer(run.exchanges[0])
