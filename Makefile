@@ -34,7 +34,7 @@ bench: $(VENV)/.installed-dev ## benchmark over HTTP (PEERS=DIR adds the peers t
 
 reference: ## record again what transformers + torch answer (makes a venv of its own with torch)
 	$(PYTHON) -m venv .venv-reference
-	.venv-reference/bin/python -m pip install -q torch==2.13.0 transformers gguf safetensors -e .
+	.venv-reference/bin/python -m pip install -q torch==2.13.0 accelerate -e .
 	.venv-reference/bin/python -m tests.reference.record
 
 clean: ## remove the virtual environments and caches of this folder

@@ -94,7 +94,7 @@ class HfFolder:
         if pickles:
             raise CheckpointError(
                 f"{self._folder} holds its weights as Python pickles ({pickles[0]}), which can run any code "
-                "and are never opened. Use a safetensors version of the model, or convert it where you trust it"
+                "and are never opened. Use a safetensors version of the model, or convert it yourself"
             )
         raise CheckpointError(f"{self._folder} holds neither {_SINGLE_FILE} nor {_INDEX}")
 

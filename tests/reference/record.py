@@ -1,0 +1,101 @@
+"""Records what transformers and torch answer: ``make reference``. The only place that needs torch.
+
+Every checkpoint is read by transformers itself (configuration, weights, the GGUF file's dequantization), so
+that nothing of ours is compared with itself. Run with names of recordings to record only those.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from server.model_source import fetch_default_model
+from server.tokenizer import load_tokenizer
+from tests.reference.prompts import make_prompts
+from tests.reference.recordings import FOLDER
+from tests.reference.tiny_checkpoints import CONFIGS, tiny_prompts, write_tiny_checkpoint
+
+NUM_TOKENS = 64
+_FULL_STEPS = (0, 1, 7, 31, 63)
+
+
+def record(name: str, model: PreTrainedModel, prompts: list[list[int]], full_steps: tuple[int, ...]) -> None:
+    """Writes ``recorded/NAME.npz`` and prints how far float32 and float64 lie apart."""
+    runs = [_generate(model, prompt) for prompt in prompts]
+    tokens, seconds, top_logits = [], [], []
+    for logits in runs:
+        best = logits.topk(2, dim=-1)
+        tokens.append(best.indices[:, 0])
+        seconds.append(best.indices[:, 1])
+        top_logits.append(best.values)
+    FOLDER.mkdir(exist_ok=True)
+    path = FOLDER / f"{name}.npz"
+    np.savez_compressed(
+        path,
+        prompt_lengths=np.array([len(prompt) for prompt in prompts], np.int32),
+        prompts=np.concatenate([np.array(prompt, np.int32) for prompt in prompts]),
+        tokens=torch.stack(tokens).numpy().astype(np.int32),
+        seconds=torch.stack(seconds).numpy().astype(np.int32),
+        top_logits=torch.stack(top_logits).numpy(),
+        full_steps=np.array(full_steps, np.int32),
+        full_logits=torch.stack([logits[list(full_steps)] for logits in runs]).numpy(),
+    )
+    gaps = torch.stack(top_logits)[..., 0] - torch.stack(top_logits)[..., 1]
+    noise = _rounding_noise(model, prompts, runs)
+    print(
+        f"{name}: {len(prompts)} prompts, {path.stat().st_size} bytes, smallest gap {gaps.min():.6f}, "
+        f"steps with a gap below 0.002: {(gaps < 2e-3).sum()}, float32 - float64: {noise:.6f}"
+    )
+
+
+@torch.inference_mode()
+def _generate(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
+    """The logits [NUM_TOKENS, vocab_size] of greedy generation."""
+    output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
+    steps = [output.logits[0, -1].float()]
+    while len(steps) < NUM_TOKENS:
+        token = steps[-1].argmax().reshape(1, 1)
+        output = model(token, past_key_values=output.past_key_values, use_cache=True)
+        steps.append(output.logits[0, -1].float())
+    return torch.stack(steps)
+
+
+@torch.inference_mode()
+def _rounding_noise(model: PreTrainedModel, prompts: list[list[int]], runs: list[torch.Tensor]) -> float:
+    """The largest difference of a logit to float64, over a few prompts."""
+    exact = model.to(torch.float64)
+    worst = 0.0
+    for prompt, logits in list(zip(prompts, runs, strict=True))[::8]:
+        tokens = prompt + logits.argmax(-1).tolist()[:-1]
+        expected = exact(torch.tensor([tokens]), logits_to_keep=NUM_TOKENS).logits[0]
+        worst = max(worst, (expected - logits).abs().max().item())
+    return worst
+
+
+def main(names: list[str]) -> None:
+    if not names or "smollm2" in names:
+        path = fetch_default_model()
+        tokenizer = load_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+        )
+        prompts = make_prompts(lambda text: tokenizer.encode(text, add_special_tokens=False))
+        record("smollm2", model.eval(), prompts, ())
+    for architecture in CONFIGS:
+        if names and architecture not in names:
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            write_tiny_checkpoint(architecture, Path(folder))
+            model = AutoModelForCausalLM.from_pretrained(
+                folder, dtype=torch.float32, attn_implementation="eager"
+            )
+        record(architecture, model.eval(), tiny_prompts(), _FULL_STEPS)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
