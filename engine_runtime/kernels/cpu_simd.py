@@ -191,6 +191,45 @@ def keep_between(typing_context: Any, vector: Any, first: Any, stop: Any, other:
     return float32x16(float32x16, types.int64, types.int64, types.float32), generate
 
 
+@intrinsic  # type: ignore[misc]
+def keep_at_least(typing_context: Any, vector: Any, threshold: Any) -> Any:
+    """Lanes that are >= ``threshold``; 0 elsewhere."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        inside = builder.fcmp_ordered(">=", arguments[0], splat_vector(builder, arguments[1]))
+        return builder.select(inside, arguments[0], constant_vector(0.0))
+
+    return float32x16(float32x16, types.float32), generate
+
+
+def _count_true(builder: Any, lanes: Any) -> Any:
+    """How many of 16 booleans are set, as int64."""
+    bits = builder.bitcast(lanes, ir.IntType(LANES))
+    return builder.zext(builder.ctpop(bits), INT64)
+
+
+@intrinsic  # type: ignore[misc]
+def count_at_least(typing_context: Any, vector: Any, threshold: Any) -> Any:
+    """The number of lanes that are >= ``threshold``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        inside = builder.fcmp_ordered(">=", arguments[0], splat_vector(builder, arguments[1]))
+        return _count_true(builder, inside)
+
+    return types.int64(float32x16, types.float32), generate
+
+
+@intrinsic  # type: ignore[misc]
+def count_not_below(typing_context: Any, vector: Any, threshold: Any) -> Any:
+    """The number of lanes that are NaN or >= ``threshold``."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        inside = builder.fcmp_unordered(">=", arguments[0], splat_vector(builder, arguments[1]))
+        return _count_true(builder, inside)
+
+    return types.int64(float32x16, types.float32), generate
+
+
 def _fold_halves(builder: Any, vector: Any, combine: Any) -> Any:
     """Combines 16 lanes to 1 in a fixed tree: lanes i and i + 8, then i + 4, i + 2, i + 1."""
     for width in (8, 4, 2, 1):
