@@ -139,8 +139,7 @@ def run_engine(address: str) -> int:
             raise ValueError(f"the first message was {kind.name}, not START")
         logging.basicConfig(level=start.config.log_level.upper(), format=_LOG_FORMAT)
 
-        from engine_runtime.factory import RuntimeConfig, create_executor
-        from engine_runtime.weights import CheckpointError, MemoryPlanError
+        from engine_runtime.factory import CheckpointError, MemoryPlanError, RuntimeConfig, create_executor
         from scheduler.engine_core import EngineCore
 
         config: ServerConfig = start.config
