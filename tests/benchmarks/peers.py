@@ -4,7 +4,7 @@
     python -m tests.benchmarks.peers check DIR    starts each one and prints what it says to a question
 
 Everything lies in DIR: programs, virtual environments and the model in each peer's format. All peers serve
-the weights of inflightd's embedded model. A step that is done already is skipped: an interrupted set-up goes on.
+the weights of inflightd's embedded model. What is done already is skipped: an interrupted set-up goes on.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import shlex
+import signal
 import statistics
 import subprocess
 import sys
@@ -164,6 +165,7 @@ def _servers(arguments: argparse.Namespace) -> list[Server]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no server behind
     arguments = _parse()
     servers = _servers(arguments)
     loads = [
