@@ -19,6 +19,8 @@ from server.guard import api_error, send_error
 DONE = b"data: [DONE]\n\n"
 
 _KEEP_ALIVE_S = 15.0
+# Between two looks at a stream.
+_MIN_SLEEP_S = 1.0
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
 # A reader that takes nothing for so long is gone, whatever its connection says.
 _STALL_S = 30.0
@@ -99,7 +101,7 @@ class EventStream(EventSourceResponse):
     async def _keep_alive(self, send: Send, scope: anyio.CancelScope) -> None:
         now = asyncio.get_running_loop().time
         while True:
-            await asyncio.sleep(max(self._last_sent + _KEEP_ALIVE_S - now(), 1.0))
+            await asyncio.sleep(max(self._last_sent + _KEEP_ALIVE_S - now(), _MIN_SLEEP_S))
             silence = now() - self._last_sent
             if self._is_sending and silence >= _STALL_S:
                 scope.cancel()

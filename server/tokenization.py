@@ -57,12 +57,16 @@ class Tokenization:
             TextTooLongError, InvalidTextError: as ``encode``.
         """
 
+        num_chars = sum(len(message["content"]) for message in messages)
+
         def work() -> list[int]:
-            # Templates may trim each message, and add text, but take nothing else away.
-            self._refuse_far_too_long("".join(message["content"].strip() for message in messages), limit)
+            template = self.tokenizer.chat_template
+            if template is not None and num_chars > limit:
+                # Written out twice, since templates may trim and drop what they are given.
+                self._refuse_far_too_long(template.render(messages, add_generation_prompt=True), limit)
             return self.tokenizer.encode_chat(messages)
 
-        return await self._run(sum(len(message["content"]) for message in messages), work)
+        return await self._run(num_chars, work)
 
     async def decode(self, token_ids: Sequence[int]) -> str:
         return await self._run(len(token_ids), lambda: self.tokenizer.decode(token_ids))

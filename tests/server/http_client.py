@@ -1,0 +1,61 @@
+"""Ways to talk to an application in the tests: in process, and over a real socket."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import httpx
+import uvicorn
+from fastapi import FastAPI
+
+from server.app import create_app
+from server.config import ServerConfig
+from server.engine_protocol import EngineClient
+from server.tokenizer import Tokenizer
+
+MODEL = "smollm2-135m-instruct"
+
+
+@asynccontextmanager
+async def api(
+    engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig | None = None
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of an application in this process. Responses come whole."""
+    app = create_app(config or ServerConfig(), engine, tokenizer)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+@asynccontextmanager
+async def serving(app: FastAPI, **settings: Any) -> AsyncIterator[int]:
+    """Serves an application with uvicorn on a free port of this machine, which it yields."""
+    server = uvicorn.Server(
+        uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_config=None, ws="none", **settings)
+    )
+    task = asyncio.create_task(server.serve())
+    while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
+        await asyncio.sleep(0.005)
+    try:
+        yield server.servers[0].sockets[0].getsockname()[1]
+    finally:
+        server.should_exit = True
+        server.force_exit = True
+        await task
+
+
+def events(body: str) -> list[Any]:
+    """The data of a stream's events, parsed; ``[DONE]`` stays text."""
+    assert body.endswith("\n\n")
+    lines = [line for event in body[:-2].split("\n\n") for line in event.split("\n")]
+    data = [line.removeprefix("data: ") for line in lines if not line.startswith(":")]
+    return [text if text == "[DONE]" else json.loads(text) for text in data]
+
+
+def chat(content: Any = "Hi", **fields: Any) -> dict[str, Any]:
+    """The body of a chat request."""
+    return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
