@@ -89,8 +89,12 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
 
         from server.app import create_app
         from server.tokenizer import load_tokenizer
+        from server.tokenizer_spec import TokenizerError
 
-        tokenizer = await loop.run_in_executor(None, load_tokenizer, source.path)
+        try:
+            tokenizer = await loop.run_in_executor(None, load_tokenizer, source.path)
+        except TokenizerError as error:
+            raise LaunchError(str(error)) from None
         app = create_app(config, engine, tokenizer)
         server = uvicorn.Server(
             uvicorn.Config(
