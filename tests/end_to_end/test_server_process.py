@@ -78,7 +78,7 @@ def test_an_engine_that_dies_is_started_again(smollm2_path: Path) -> None:
             rest = [line for line in lines if line]
         assert '"error"' in rest[-1]
         assert httpx.get(f"{server.url}/health/live").status_code == 200
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 90
         while httpx.get(f"{server.url}/health/ready").status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.1)
