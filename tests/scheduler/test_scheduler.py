@@ -13,7 +13,7 @@ from scheduler.messages import (
     SamplingParams,
     SchedulerOutput,
 )
-from scheduler.scheduler import Scheduler
+from scheduler.scheduler import Scheduler, _Step
 from scheduler.scheduler_config import SchedulerConfig
 
 BLOCK_SIZE = 4
@@ -248,6 +248,16 @@ def test_a_scheduled_victim_is_taken_out_of_the_step() -> None:
     one.abort("a")
     (back,) = advance(one).new
     assert back.token_ids[5:] == (7, 7, 7, 7)
+
+
+def test_a_scheduled_victim_gives_its_budget_back() -> None:
+    one = in_step_until_only_one_block_is_left()
+    sequence = one._running[0]
+    step = _Step(budget=10)
+    one._take(sequence, 1, (), step)
+    assert step.budget == 9
+    one._preempt(sequence, step)
+    assert (step.budget, step.shares) == (10, {})
 
 
 def test_what_is_in_flight_at_a_preemption_still_counts() -> None:
