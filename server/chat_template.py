@@ -163,8 +163,9 @@ class ChatTemplate:
         """The conversation as text.
 
         Messages are as in OpenAI's API and are adapted to what templates expect: fields that are None are
-        left out, a tool call's arguments become an object, and content in text parts becomes one string
-        (parts joined by line breaks), unless the template reads parts itself.
+        left out (content is then empty, if the template needs some), a tool call's arguments become an
+        object, and content in text parts becomes one string (parts joined by line breaks), unless the
+        template reads parts itself.
 
         Args:
             messages: plain JSON values; content is a string, a list of ``{"type": "text", "text": ...}``,
@@ -179,12 +180,15 @@ class ChatTemplate:
         if not messages:
             raise ChatTemplateError("'messages' is empty: send at least one message.")
         reads_strings, reads_parts = self._content_forms
-        return self._render(
-            [_adapted(message, reads_strings, reads_parts) for message in messages],
-            tools,
-            add_generation_prompt,
-            variables,
-        )
+        adapted = [_adapted(message, reads_strings, reads_parts) for message in messages]
+        try:
+            return self._render(adapted, tools, add_generation_prompt, variables)
+        except ChatTemplateError:
+            if all("content" in message for message in adapted):
+                raise
+            # A template that does not know of tool calls, say, wants content in every message.
+            filled = [{"content": "", **message} for message in adapted]
+            return self._render(filled, tools, add_generation_prompt, variables)
 
     def _render(
         self,

@@ -15,7 +15,7 @@ Without control tokens in the client's strings none of this happens.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeVar
@@ -28,9 +28,13 @@ T = TypeVar("T")
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
+class ControlTokenError(ValueError):
+    """A control token in a client's text cannot be kept plain."""
+
+
 @dataclass(frozen=True, slots=True)
 class Shield:
-    """Which private-use letter stands for which first letter of a control token."""
+    """Which private-use letter (its code) stands for which first letter of a control token."""
 
     letters: Mapping[int, str]
 
@@ -41,59 +45,90 @@ class ControlTokens:
     def __init__(self, backend: tokenizers.Tokenizer) -> None:
         self._backend = backend
         self._added = dict(sorted(backend.get_added_tokens_decoder().items()))
-        self._ids = {token.content: token_id for token_id, token in self._added.items() if token.special}
-        self._first_letters = frozenset(content[0] for content in self._ids if content)
+        self._names = [token.content for token in self._added.values() if token.special and token.content]
+        self._first_letters = frozenset(name[0] for name in self._names)
+        self._longest_name = max(map(len, self._names), default=0)
 
     def shield(self, value: T) -> tuple[Shield | None, T]:
-        """Shields control tokens in all strings of a JSON value, also those spread over neighbouring strings.
+        """Shields the control tokens in all strings of a JSON value, and what they end with if it is the
+        beginning of one: whatever follows in the rendered chat could complete it.
 
         Returns:
-            None and the same value if there are no control tokens in it, else a shield and a changed copy.
+            None and the same value if there is nothing to shield, else a shield and a changed copy.
+
+        Raises:
+            ControlTokenError: the strings leave no letter that could stand for another.
+            UnicodeEncodeError: a string has lone surrogates.
         """
         strings: list[str] = []
         _collect(value, strings)
-        text = "".join(strings)
-        if self._first_letters.isdisjoint(text):
+        suspects = [number for number, text in enumerate(strings) if not self._first_letters.isdisjoint(text)]
+        positions = self._positions([strings[number] for number in suspects])
+        if not any(positions):
             return None, value
         letters: dict[str, str] = {}
-        shielded = text
-        # Shielding a token may uncover another one inside it.
-        while spans := self._find(shielded):
-            pieces, end = [], 0
-            for start, _, _ in spans:
-                letter = shielded[start]
-                if letter not in letters:
-                    letters[letter] = _unused_letter(text, letters)
-                pieces += [shielded[end:start], letters[letter]]
-                end = start + 1
-            shielded = "".join(pieces) + shielded[end:]
-        if not letters:
-            return None, value
-        replacements = iter(_cut(shielded, strings))
-        return Shield({ord(stand_in): letter for letter, stand_in in letters.items()}), _rebuild(
-            value, replacements
-        )
+        unused = _unused_letters(strings)
+        for number, starts in zip(suspects, positions, strict=True):
+            text = list(strings[number])
+            for start in starts:
+                if text[start] not in letters:
+                    letters[text[start]] = next(unused)
+                text[start] = letters[text[start]]
+            strings[number] = "".join(text)
+        shield = Shield({ord(stand_in): letter for letter, stand_in in letters.items()})
+        return shield, _rebuild(value, iter(strings))
 
     def encode(self, text: str, shield: Shield) -> list[int]:
-        """Token ids of a rendered chat whose client strings are shielded."""
+        """Token ids of a rendered chat whose client strings are shielded.
+
+        Raises:
+            ControlTokenError: the tokenizer makes a control token even out of plain text.
+        """
         tokenizer, aliases, real_ids = self._aliased
         pieces, end = [], 0
-        for start, stop, name in self._find(text):
-            pieces += [text[end:start], aliases[name]]
+        for start, stop in self._find([text])[0]:
+            pieces += [text[end:start], aliases[text[start:stop]]]
             end = stop
         plain = ("".join(pieces) + text[end:]).translate(shield.letters)
         ids = tokenizer.encode_batch_fast([plain], add_special_tokens=False)[0].ids
+        for token_id in ids:
+            token = self._added.get(token_id)
+            if token is not None and token.special and token_id not in real_ids:
+                raise ControlTokenError(
+                    f"{token.content!r} cannot be sent as text to this model: spell it otherwise."
+                )
         return [real_ids.get(token_id, token_id) for token_id in ids]
 
-    def _find(self, text: str) -> list[tuple[int, int, str]]:
-        """Start, end and name of each control token in the text."""
+    def _positions(self, texts: list[str]) -> list[set[int]]:
+        """For each text, where the first letters of control tokens and of their beginnings at the end are."""
+        found: list[set[int]] = [set() for _ in texts]
+        rest = texts
+        # Once more after each find: a control token may overlap another one.
+        while any(spans := self._find(rest)):
+            for starts, matches in zip(found, spans, strict=True):
+                starts.update(start for start, _ in matches)
+            rest = [_blank(text, starts) for text, starts in zip(texts, found, strict=True)]
+        for starts, text in zip(found, texts, strict=True):
+            starts.update(
+                start
+                for start in range(max(0, len(text) - self._longest_name), len(text))
+                if text[start] in self._first_letters and text[start:] in self._beginnings
+            )
+        return found
+
+    def _find(self, texts: list[str]) -> list[list[tuple[int, int]]]:
+        """Start and end of each control token in each text."""
+        for text in texts:
+            text.encode()  # lone surrogates: a UnicodeEncodeError, not the library's TypeError
         # encode_batch, not encode: it lets other threads run.
-        encoding = self._scanner.encode_batch([text])[0]
-        spans = []
-        for token_id, (start, end) in zip(encoding.ids, encoding.offsets, strict=True):
-            if token_id:
-                spans.append((start, end, text[start:end]))
-        return spans
+        return [
+            [span for token_id, span in zip(encoding.ids, encoding.offsets, strict=True) if token_id]
+            for encoding in self._scanner.encode_batch(texts)
+        ]
+
+    @cached_property
+    def _beginnings(self) -> frozenset[str]:
+        return frozenset(name[:length] for name in self._names for length in range(1, len(name)))
 
     @cached_property
     def _scanner(self) -> tokenizers.Tokenizer:
@@ -101,7 +136,7 @@ class ControlTokens:
         vocabulary.
         """
         scanner = tokenizers.Tokenizer(models.WordLevel({"": 0}, unk_token=""))
-        scanner.add_special_tokens([AddedToken(content, normalized=False) for content in self._ids])
+        scanner.add_special_tokens([AddedToken(content, normalized=False) for content in self._names])
         return scanner
 
     @cached_property
@@ -142,12 +177,18 @@ class ControlTokens:
         return tokenizer, aliases, real_ids
 
 
-def _unused_letter(text: str, taken: Mapping[str, str]) -> str:
-    used = set(text) | set(taken.values())
-    for code in _PRIVATE_USE:
-        if chr(code) not in used:
-            return chr(code)
-    raise ValueError("The messages use up all private-use characters.")
+def _unused_letters(strings: list[str]) -> Iterator[str]:
+    used = set().union(*strings)
+    yield from (chr(code) for code in _PRIVATE_USE if chr(code) not in used)
+    raise ControlTokenError("The messages use up all private-use characters.")
+
+
+def _blank(text: str, positions: set[int]) -> str:
+    """``text`` with other letters at the positions."""
+    letters = list(text)
+    for position in positions:
+        letters[position] = "\0"
+    return "".join(letters)
 
 
 def _collect(value: Any, strings: list[str]) -> None:
@@ -162,16 +203,7 @@ def _collect(value: Any, strings: list[str]) -> None:
             _collect(inner, strings)
 
 
-def _cut(text: str, strings: list[str]) -> list[str]:
-    """``text`` in pieces as long as ``strings``."""
-    pieces, start = [], 0
-    for string in strings:
-        pieces.append(text[start : start + len(string)])
-        start += len(string)
-    return pieces
-
-
-def _rebuild(value: Any, strings: Any) -> Any:
+def _rebuild(value: Any, strings: Iterator[str]) -> Any:
     """``value`` with its strings, in the order of ``_collect``, replaced by the next of ``strings``."""
     if isinstance(value, str):
         return next(strings)

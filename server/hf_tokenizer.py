@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, processors
+from tokenizers import AddedToken
 
 from server.tokenizer_spec import TokenizerError, TokenizerSpec
 
@@ -33,9 +33,10 @@ def tokenizer_from_folder(folder: Path) -> TokenizerSpec:
         backend = _convert(folder)
     backend.no_truncation()
     backend.no_padding()
-    named = _named_tokens(_read_json(folder / "special_tokens_map.json")) | _named_tokens(config)
+    named = _named_tokens(config)
+    if "added_tokens_decoder" not in config:  # older folders say it in a file of its own
+        named |= _named_tokens(_read_json(folder / "special_tokens_map.json"))
     _add_missing_tokens(backend, config, named.values())
-    _set_bos_and_eos(backend, config, named)
     bos = named.get("bos_token")
     return TokenizerSpec(
         backend=backend,
@@ -136,24 +137,6 @@ def _add_missing_tokens(
     ]
     if missing:
         backend.add_tokens(missing)
-
-
-def _set_bos_and_eos(
-    backend: tokenizers.Tokenizer, config: Mapping[str, Any], named: Mapping[str, str]
-) -> None:
-    """``add_bos_token`` and ``add_eos_token``, where the folder has them, go before what tokenizer.json
-    does.
-    """
-    if "add_bos_token" not in config and "add_eos_token" not in config:
-        return
-    template, ids = ["$A"], []
-    if config.get("add_bos_token") and (bos := named.get("bos_token")):
-        template.insert(0, bos)
-        ids.append((bos, backend.token_to_id(bos)))
-    if config.get("add_eos_token") and (eos := named.get("eos_token")):
-        template.append(eos)
-        ids.append((eos, backend.token_to_id(eos)))
-    backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
 
 
 def _eos_ids(folder: Path, backend: tokenizers.Tokenizer, named: Mapping[str, str]) -> tuple[int, ...]:

@@ -3,7 +3,8 @@
 
 Each name stands for one or more regular expressions, applied one after the other: each cuts the pieces that
 the one before left, and what no expression matches stays as a piece. The expressions are those of the
-models' original tokenizers.
+models' original tokenizers. llama.cpp matches them, but for ``tekken`` and ``gpt-4o``, which it approximates
+around combining marks.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from server.chat_template import ChatTemplate, ChatTemplateError
-from server.control_tokens import ControlTokens
+from server.control_tokens import ControlTokenError, ControlTokens
 from server.token_bound import TokenBound
 from server.token_bytes import LeadingSpace, TokenBytes
 from server.tokenizer_spec import TokenizerError, TokenizerSpec
@@ -110,14 +110,20 @@ class Tokenizer:
             raise ChatTemplateError(
                 "The model has no chat template: use /v1/completions, or serve a model that has one."
             )
-        shield, (messages, tools, variables) = self._control_tokens.shield((messages, tools, variables))
-        text = self.chat_template.render(
-            messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
-        )
-        _check_texts((text,))
-        if shield is None:
-            return self.encode(text, add_special_tokens=False)
-        return self._control_tokens.encode(text, shield)
+        try:
+            shield, (messages, tools, variables) = self._control_tokens.shield((messages, tools, variables))
+            text = self.chat_template.render(
+                messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+            )
+            if shield is None:
+                return self.encode(text, add_special_tokens=False)
+            return self._control_tokens.encode(text, shield)
+        except UnicodeEncodeError as error:
+            raise _invalid_text(error) from None
+        except ControlTokenError as error:
+            raise ChatTemplateError(str(error)) from None
+        except RecursionError:
+            raise ChatTemplateError("The messages or tools are nested too deeply.") from None
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """The text of a whole sequence.
@@ -167,7 +173,11 @@ def _check_texts(texts: Sequence[str]) -> None:
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise InvalidTextError(
-                f"The text has a lone surrogate (U+{ord(text[error.start]):04X}) at position {error.start}: "
-                "send whole characters."
-            ) from None
+            raise _invalid_text(error) from None
+
+
+def _invalid_text(error: UnicodeEncodeError) -> InvalidTextError:
+    return InvalidTextError(
+        f"The text has a lone surrogate (U+{ord(error.object[error.start]):04X}) at position {error.start}: "
+        "send whole characters."
+    )
