@@ -12,10 +12,11 @@ import math
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
-from pydantic_core import PydanticCustomError
+from pydantic_core import PydanticCustomError, PydanticKnownError
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
+MAX_PROMPT_TOKENS = 2**20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
@@ -30,6 +31,16 @@ _INT32_MAX = 2**31 - 1
 def _not_negative_zero(value: float) -> float:
     if value == 0.0 and math.copysign(1.0, value) < 0.0:
         raise PydanticCustomError("negative_zero", "must not be negative zero; send 0")
+    return value
+
+
+def _few_biases(value: Any) -> Any:
+    # Before the entries are looked at: each bad one of a million would become an error object.
+    if isinstance(value, dict) and len(value) > MAX_LOGIT_BIAS:
+        raise PydanticKnownError(
+            "too_long",
+            {"field_type": "Dictionary", "max_length": MAX_LOGIT_BIAS, "actual_length": len(value)},
+        )
     return value
 
 
@@ -65,7 +76,7 @@ def _expected(what: str) -> dict[str, Any]:
 # Tags of alternatives stand in angle brackets, so that ``field_errors`` can leave them out of a path.
 _Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_not_negative_zero)]
 _TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
-_TokenIds = Annotated[list[_TokenId], Field(min_length=1, fail_fast=True)]
+_TokenIds = Annotated[list[_TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 _StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -110,7 +121,7 @@ class SamplingFields(WireModel):
     logit_bias: (
         Annotated[
             dict[str, Annotated[_Number, Field(ge=-100, le=100)]],
-            Field(max_length=MAX_LOGIT_BIAS),
+            BeforeValidator(_few_biases),
         ]
         | None
     ) = None

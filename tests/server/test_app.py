@@ -1,11 +1,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import time
 
 import openai
 import pytest
 
-from scheduler.messages import ExecutorSpec
+from scheduler.messages import ExecutorSpec, FinishReason
 from server.config import ServerConfig
 from server.errors import EngineDeadError
 from server.tokenizer import Tokenizer
@@ -90,3 +91,27 @@ async def test_errors_reach_the_openai_client(tokenizer: Tokenizer) -> None:
             )
         assert caught.value.param == "temperature"
         assert caught.value.request_id
+
+
+async def test_a_stream_that_breaks_raises_in_the_openai_client(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokens([28], [], finish=FinishReason.ERROR))
+    async with (
+        api(engine, tokenizer) as http,
+        openai.AsyncOpenAI(base_url="http://test/v1", api_key="x", http_client=http, max_retries=0) as client,
+    ):
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "x"}], stream=True
+        )
+        role, content = await anext(stream), await anext(stream)
+        assert (role.choices[0].delta.role, content.choices[0].delta.content) == ("assistant", ",")
+        with pytest.raises(openai.APIError):
+            await anext(stream)
+
+
+async def test_a_million_biases_are_refused_at_once(tokenizer: Tokenizer) -> None:
+    body = chat(logit_bias={f"x{index}": "bad" for index in range(300_000)})
+    async with api(ScriptedEngine(tokens([1])), tokenizer) as client:
+        began = time.process_time()
+        response = await client.post("/v1/chat/completions", json=body)
+        assert time.process_time() - began < 2.0  # most of it is this client writing JSON
+    assert response.json()["error"]["param"] == "logit_bias"
