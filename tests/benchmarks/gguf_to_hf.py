@@ -30,11 +30,40 @@ LAYER_NAMES = {
     "ffn_up": "mlp.up_proj",
     "ffn_down": "mlp.down_proj",
 }
+W8A8 = {
+    "quant_method": "compressed-tensors",
+    "format": "int-quantized",
+    "quantization_status": "compressed",
+    "ignore": ["lm_head"],
+    "config_groups": {
+        "group_0": {
+            "targets": ["Linear"],
+            "weights": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "channel",
+                "dynamic": False,
+            },
+            "input_activations": {
+                "num_bits": 8,
+                "type": "int",
+                "symmetric": True,
+                "strategy": "token",
+                "dynamic": True,
+            },
+        }
+    },
+}
 TOP_NAMES = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 
 
-def write_hf_folder(gguf_path: Path, folder: Path) -> None:
+def write_hf_folder(gguf_path: Path, folder: Path, *, int8: bool = False) -> None:
     """Writes config.json, generation_config.json, model.safetensors and the tokenizer files into ``folder``.
+
+    Args:
+        int8: the projections of the layers as int8 with one scale a row, in compressed-tensors' W8A8 format
+            (activations are quantized token by token as the server runs); everything else stays bfloat16.
 
     Raises:
         ValueError: the architecture is not ``llama`` or the pre-tokenizer is not ``smollm``.
@@ -46,6 +75,9 @@ def write_hf_folder(gguf_path: Path, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     weights = dict(_weights(reader, fields))
     config = _config(fields, tied="lm_head.weight" not in weights)
+    if int8:
+        weights = dict(_quantized(weights))
+        config["quantization_config"] = W8A8
     save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
     eos = fields["tokenizer.ggml.eos_token_id"]
     _write_json(
@@ -77,6 +109,17 @@ def _half_rotation_rows(values: np.ndarray, num_heads: int) -> np.ndarray:
     rows, columns = values.shape
     pairs = values.reshape(num_heads, rows // num_heads // 2, 2, columns)
     return pairs.swapaxes(1, 2).reshape(rows, columns)
+
+
+def _quantized(weights: dict[str, np.ndarray]) -> Iterator[tuple[str, np.ndarray]]:
+    for name, values in weights.items():
+        if not name.endswith("_proj.weight"):
+            yield name, values
+            continue
+        exact = values.astype(np.float32)
+        scale = np.abs(exact).max(axis=1, keepdims=True) / 127
+        yield name, np.round(exact / scale).astype(np.int8)
+        yield f"{name}_scale", scale.astype(ml_dtypes.bfloat16)
 
 
 def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:

