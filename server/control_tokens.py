@@ -34,9 +34,9 @@ class ControlTokenError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Shield:
-    """Which private-use letter (its code) stands for which first letter of a control token."""
+    """Which first letters of control tokens are replaced by which private-use letters."""
 
-    letters: Mapping[int, str]
+    letters: Mapping[str, str]
 
 
 class ControlTokens:
@@ -62,21 +62,21 @@ class ControlTokens:
         """
         strings: list[str] = []
         _collect(value, strings)
-        suspects = [number for number, text in enumerate(strings) if not self._first_letters.isdisjoint(text)]
+        suspects = [
+            number
+            for number, text in enumerate(strings)
+            if any(letter in text for letter in self._first_letters)
+        ]
         positions = self._positions([strings[number] for number in suspects])
         if not any(positions):
             return None, value
         letters: dict[str, str] = {}
         unused = _unused_letters(strings)
         for number, starts in zip(suspects, positions, strict=True):
-            text = list(strings[number])
-            for start in starts:
-                if text[start] not in letters:
-                    letters[text[start]] = next(unused)
-                text[start] = letters[text[start]]
-            strings[number] = "".join(text)
-        shield = Shield({ord(stand_in): letter for letter, stand_in in letters.items()})
-        return shield, _rebuild(value, iter(strings))
+            for letter in {strings[number][start] for start in starts} - letters.keys():
+                letters[letter] = next(unused)
+            strings[number] = _with_letters(strings[number], starts, letters)
+        return Shield(letters), _rebuild(value, iter(strings))
 
     def encode(self, text: str, shield: Shield) -> list[int]:
         """Token ids of a rendered chat whose client strings are shielded.
@@ -89,7 +89,9 @@ class ControlTokens:
         for start, stop in self._find([text])[0]:
             pieces += [text[end:start], aliases[text[start:stop]]]
             end = stop
-        plain = ("".join(pieces) + text[end:]).translate(shield.letters)
+        plain = "".join(pieces) + text[end:]
+        for letter, stand_in in shield.letters.items():
+            plain = plain.replace(stand_in, letter)
         ids = tokenizer.encode_batch_fast([plain], add_special_tokens=False)[0].ids
         for token_id in ids:
             token = self._added.get(token_id)
@@ -102,12 +104,12 @@ class ControlTokens:
     def _positions(self, texts: list[str]) -> list[set[int]]:
         """For each text, where the first letters of control tokens and of their beginnings at the end are."""
         found: list[set[int]] = [set() for _ in texts]
-        rest = texts
+        rest, blanks = texts, dict.fromkeys(self._first_letters, "\0")
         # Once more after each find: a control token may overlap another one.
         while any(spans := self._find(rest)):
             for starts, matches in zip(found, spans, strict=True):
                 starts.update(start for start, _ in matches)
-            rest = [_blank(text, starts) for text, starts in zip(texts, found, strict=True)]
+            rest = [_with_letters(text, starts, blanks) for text, starts in zip(texts, found, strict=True)]
         for starts, text in zip(found, texts, strict=True):
             starts.update(
                 start
@@ -183,12 +185,13 @@ def _unused_letters(strings: list[str]) -> Iterator[str]:
     raise ControlTokenError("The messages use up all private-use characters.")
 
 
-def _blank(text: str, positions: set[int]) -> str:
-    """``text`` with other letters at the positions."""
-    letters = list(text)
-    for position in positions:
-        letters[position] = "\0"
-    return "".join(letters)
+def _with_letters(text: str, positions: set[int], letters: Mapping[str, str]) -> str:
+    """``text`` with the letters at the positions replaced."""
+    pieces, end = [], 0
+    for position in sorted(positions):
+        pieces += [text[end:position], letters[text[position]]]
+        end = position + 1
+    return "".join(pieces) + text[end:]
 
 
 def _collect(value: Any, strings: list[str]) -> None:
