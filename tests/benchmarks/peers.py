@@ -75,7 +75,7 @@ def _llama_cpp(weights: str, executable: Path, model: Path) -> Server:
 
 
 def _vllm_cpu(weights: str, executable: Path, folder: Path) -> Server:
-    # The model runs in the process of the engine: with two cores, handing each step to another one costs more.
+    # The model runs in the engine's process: on two cores, handing each step to another process costs more.
     options = f"--distributed-executor-backend uni --max-model-len 2048 --max-num-seqs {MAX_SEQUENCES}"
     environment = {
         "LD_PRELOAD": f"{executable.parent.parent / 'lib' / 'libiomp5.so'}:{_tcmalloc()}",
