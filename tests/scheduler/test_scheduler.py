@@ -293,7 +293,7 @@ def test_a_preempted_sequence_may_end_with_what_it_has_in_flight(params: dict[st
 
 def test_nobody_is_admitted_who_would_be_preempted_at_once() -> None:
     one = scheduler(num_blocks=4)
-    one.add(request("a", 8))
+    one.add(request("a", 7))
     advance(one)
     one.add(request("b", 5))
     advance(one)
