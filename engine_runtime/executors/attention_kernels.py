@@ -11,8 +11,13 @@ import numpy as np
 from numba import carray
 
 from engine_runtime.executors.native_call import load_int64, void_pointer
-from engine_runtime.executors.operators import ADDRESSES, COLUMNS, EXTRA, ROWS, SCRATCH, SCRATCH_STRIDE
-from engine_runtime.executors.row_kernels import dequantize_rows, quantize_row_range, rows_of_task
+from engine_runtime.executors.operators import ADDRESSES, COLUMNS, EXTRA, ROTATION, ROWS
+from engine_runtime.executors.row_kernels import (
+    dequantize_rows,
+    quantize_row_range,
+    rows_of_task,
+    scratch_of_task,
+)
 from engine_runtime.executors.row_vectors import load_float
 from engine_runtime.executors.step_record import (
     BLOCK_TABLE_WIDTH,
@@ -136,8 +141,7 @@ def attend_units(arguments: int, task: int) -> None:
     value_dim = load_int64(arguments, VALUE_DIM)
     max_len = load_int64(arguments, MAX_LEN)
     rows = max(ROWS_PER_TILE, num_heads // num_kv_heads)
-    scratch = load_int64(arguments, SCRATCH) + task * load_int64(arguments, SCRATCH_STRIDE)
-    q = scratch
+    q = scratch_of_task(arguments, task)
     outputs = q + 4 * rows * value_dim
     scores = outputs + 4 * rows * value_dim
     maxima = scores + 4 * rows * SCORES_STRIDE
@@ -180,7 +184,9 @@ def quantize_attention(arguments: int, task: int) -> None:
         load_int64(arguments, OUT),
         load_int64(arguments, output),
         load_int64(arguments, output + 1),
+        scratch_of_task(arguments, task),
         load_int64(arguments, NUM_HEADS) * load_int64(arguments, HEAD_DIM),
+        load_int64(arguments, ROTATION),
         first,
         last,
     )

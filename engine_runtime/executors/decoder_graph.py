@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 import onnx
@@ -31,12 +31,17 @@ LOGITS = "logits"
 
 @dataclass(frozen=True)
 class StoredWeight:
-    """One initializer of the graph and where it comes from."""
+    """One initializer of the graph and where it comes from.
+
+    Attributes:
+        rotation: of the rows that an int8 matrix is multiplied with, see ``row_kernels``.
+    """
 
     weight: WeightInput
     layer: int | None
     next_layer: int | None
     form: Form
+    rotation: int = 1
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -55,8 +60,8 @@ class StoredWeight:
             size *= extent
         return size
 
-    def as_form(self, form: Form) -> StoredWeight:
-        return StoredWeight(self.weight, self.layer, self.next_layer, form)
+    def as_form(self, form: Form, rotation: int = 1) -> StoredWeight:
+        return replace(self, form=form, rotation=rotation)
 
 
 @dataclass

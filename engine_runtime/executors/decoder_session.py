@@ -172,7 +172,9 @@ class DecoderSession:
 
     def _node_state(self, op_type: str, attributes: dict[str, Any], rows: int) -> int:
         if op_type.startswith("Attention"):
-            return self._attention_state(op_type, int(attributes["layer"]))
+            return self._attention_state(
+                op_type, int(attributes["layer"]), int(attributes.get("rotation", 1))
+            )
         columns = int(attributes["columns"])
         operator = OPERATORS[op_type]
         return self._table.add_node(
@@ -182,10 +184,11 @@ class DecoderSession:
             output_columns=_output_columns(operator, columns),
             columns=columns,
             constant=float(attributes.get("epsilon", 0.0)),
+            rotation=int(attributes.get("rotation", 1)),
             scratch=(self._scratch.ctypes.data, self._scratch.strides[0]),
         )
 
-    def _attention_state(self, op_type: str, layer: int) -> int:
+    def _attention_state(self, op_type: str, layer: int, rotation: int) -> int:
         config, operator = self._config, OPERATORS[op_type]
         from_sums, to_rows = operator.inputs == _SUMS, operator.outputs == _ROWS
         kernels: list[tuple[Any, int]] = [
@@ -227,6 +230,7 @@ class DecoderSession:
             num_inputs=len(operator.inputs),
             output_columns=_output_columns(operator, config.q_size),
             columns=config.qkv_size,
+            rotation=rotation,
             scratch=(self._scratch.ctypes.data, self._scratch.strides[0]),
             extra=extra.tolist(),
         )
@@ -246,6 +250,7 @@ def _task_scratch(config: ModelConfig, max_tasks: int) -> npt.NDArray[np.uint8]:
     size = max(
         4 * config.intermediate_size,
         4 * config.hidden_size,
+        4 * config.q_size,
         attention.scratch_bytes(config.num_attention_heads, config.num_key_value_heads, value_dim),
     )
     return np.zeros((max_tasks, -(-size // 4096) * 4096), np.uint8)
@@ -269,6 +274,6 @@ def _load(name: str, stored: StoredWeight, checkpoint: Checkpoint) -> dict[str, 
         case "transposed":
             return {name: np.ascontiguousarray(values.T)}
         case _:
-            quantized, scale = quantize_weight(values)
+            quantized, scale = quantize_weight(values, stored.rotation)
             matrix = name.removesuffix(".scale")
             return {matrix: np.ascontiguousarray(quantized.T), f"{matrix}.scale": scale}

@@ -55,7 +55,8 @@ SCRATCH = 2
 SCRATCH_STRIDE = 3
 COLUMNS = 4
 CONSTANT = 5
-ADDRESSES = 6
+ROTATION = 6
+ADDRESSES = 7
 EXTRA = ADDRESSES + MAX_ADDRESSES
 
 
@@ -184,6 +185,7 @@ class OperatorTable:
         output_columns: Sequence[int],
         columns: int,
         constant: float = 0.0,
+        rotation: int = 1,
         scratch: tuple[int, int] = (0, 0),
         extra: Sequence[int] = (),
     ) -> int:
@@ -193,7 +195,7 @@ class OperatorTable:
             rows: position in the step record of the number of rows, followed by the rows of a task.
             kernels: (address, position in the step record of the number of tasks) of each kernel.
             output_columns: of each output; 0 for one that has a number a row.
-            columns, constant: passed to the kernels.
+            columns, constant, rotation: passed to the kernels.
             scratch: address of the first task's scratch memory, and bytes from one task's to the next.
             extra: further words of the kernels' arguments.
 
@@ -215,6 +217,7 @@ class OperatorTable:
         arguments[SCRATCH], arguments[SCRATCH_STRIDE] = scratch
         arguments[COLUMNS] = columns
         arguments[CONSTANT : CONSTANT + 1].view(np.float32)[0] = constant
+        arguments[ROTATION] = rotation
         arguments[EXTRA:] = extra
         self._states.append(state)
         return len(self._states) - 1

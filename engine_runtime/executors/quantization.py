@@ -2,7 +2,8 @@
 
     y = x W^T   becomes   q, s = QuantizeRows(x);  y = Dequantize(MatMulInteger(q, int8 W^T), s, scale of W)
 
-Weights have one scale an output channel, activations one a row, found at run time. The sums are exact integers, so a
+Weights have one scale an output channel, activations one a row, found at run time; both are rotated first, which
+spreads outliers (``row_kernels``). The sums are exact integers, so a
 row's result depends on that row alone, and tokens do not depend on the batch. A second pass melts these operators into
 their neighbours: the README of this package lists what was measured.
 """
@@ -15,26 +16,41 @@ import onnx
 from onnx import helper, numpy_helper
 
 from engine_runtime.executors.decoder_graph import DecoderGraph, own_node
+from engine_runtime.executors.row_kernels import quantize_row_range
 
 ZERO_POINT = 128
 _ZERO_POINT_NAME = "quantize/zero_point"
 _MULTIPLE = 16  # the row kernels work on whole vectors
 _SMALLEST = 64  # a matrix below that is faster as it is
+_LARGEST_ROTATION = 512
 
 
-def quantize_weight(weight: npt.NDArray[np.float32]) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
-    """Symmetric int8 with one scale an output channel: W = scale[:, None] * q.
+def quantize_weight(
+    weight: npt.NDArray[np.float32], rotation: int = 1
+) -> tuple[npt.NDArray[np.int8], npt.NDArray[np.float32]]:
+    """Symmetric int8 with one scale an output channel: W rotated = scale[:, None] * q.
 
     Args:
-        weight: [out, in].
+        weight: C-contiguous [out, in]; ``in`` is a multiple of 16.
+        rotation: of the rows that W will be multiplied with.
 
     Returns:
         q int8 [out, in] from -127 to 127, scale float32 [out].
     """
-    scale = np.maximum(weight.max(axis=1), -weight.min(axis=1)) / np.float32(127.0)
-    inverse = np.divide(np.float32(1.0), scale, out=np.zeros_like(scale), where=scale > 0)
-    scaled = weight * inverse[:, None]
-    return np.rint(scaled, out=scaled).astype(np.int8), scale
+    rows, columns = weight.shape
+    q = np.empty(weight.shape, np.uint8)
+    scale = np.empty(rows, np.float32)
+    scratch = np.empty(columns, np.float32)
+    quantize_row_range(
+        weight.ctypes.data, q.ctypes.data, scale.ctypes.data, scratch.ctypes.data, columns, rotation, 0, rows
+    )
+    # Neither rotation is normalized: together they multiply by ``rotation``.
+    return np.bitwise_xor(q, ZERO_POINT, out=q).view(np.int8), scale / np.float32(rotation)
+
+
+def rotation_of(columns: int) -> int:
+    """How many neighbours are rotated together in a row of so many numbers."""
+    return min(columns & -columns, _LARGEST_ROTATION)
 
 
 def quantize_matmuls(graph: DecoderGraph) -> None:
@@ -53,12 +69,17 @@ def quantize_matmuls(graph: DecoderGraph) -> None:
             quantized_rows[x] = (f"{path}/q", f"{path}/scale")
             nodes.append(
                 own_node(
-                    "QuantizeRows", f"{path}/QuantizeRows", [x], list(quantized_rows[x]), columns=columns
+                    "QuantizeRows",
+                    f"{path}/QuantizeRows",
+                    [x],
+                    list(quantized_rows[x]),
+                    columns=columns,
+                    rotation=rotation_of(columns),
                 )
             )
         q, scale = quantized_rows[x]
-        graph.weights[name] = weight.as_form("int8")
-        graph.weights[f"{name}.scale"] = weight.as_form("scale")
+        graph.weights[name] = weight.as_form("int8", rotation_of(columns))
+        graph.weights[f"{name}.scale"] = weight.as_form("scale", rotation_of(columns))
         nodes.append(
             helper.make_node(
                 "MatMulInteger", [q, name, _ZERO_POINT_NAME], [f"{path}/sums"], name=f"{path}/MatMulInteger"
@@ -125,7 +146,8 @@ def _fuse_norm(graph: DecoderGraph, quantize: onnx.NodeProto) -> bool:
         f"{norm.name.rpartition('/')[0]}/AddRmsNormQuantize",
         [*dequantize.input, residual, norm.input[1]],
         [total.output[0], *quantize.output],
-        columns=_columns(quantize),
+        columns=_attribute(quantize, "columns"),
+        rotation=_attribute(quantize, "rotation"),
         epsilon=attributes.get("epsilon", 1e-5),
     )
     graph.replace([dequantize, total, norm, quantize], fused)
@@ -156,7 +178,7 @@ def _fuse_swiglu(graph: DecoderGraph, quantize: onnx.NodeProto) -> bool:
         or gate not in silu.input
         or list(split.output) != [gate, up]
         or len(split.input) != 1
-        or _columns(dequantize) != 2 * _columns(quantize)
+        or _attribute(dequantize, "columns") != 2 * _attribute(quantize, "columns")
     ):
         return False
     fused = own_node(
@@ -164,7 +186,8 @@ def _fuse_swiglu(graph: DecoderGraph, quantize: onnx.NodeProto) -> bool:
         f"{gated.name.rpartition('/')[0]}/SwigluQuantize",
         list(dequantize.input),
         list(quantize.output),
-        columns=_columns(quantize),
+        columns=_attribute(quantize, "columns"),
+        rotation=_attribute(quantize, "rotation"),
     )
     graph.replace([dequantize, split, sigmoid, silu, gated, quantize], fused)
     return True
@@ -178,6 +201,7 @@ def _fuse_attention_output(graph: DecoderGraph, quantize: onnx.NodeProto) -> boo
     fused.CopyFrom(attention)
     fused.op_type = "AttentionToRows"
     fused.output[:] = quantize.output
+    fused.attribute.append(helper.make_attribute("rotation", _attribute(quantize, "rotation")))
     graph.replace([attention, quantize], fused)
     return True
 
@@ -194,5 +218,5 @@ def _fuse_attention_input(graph: DecoderGraph, attention: onnx.NodeProto) -> boo
     return True
 
 
-def _columns(node: onnx.NodeProto) -> int:
-    return next(int(a.i) for a in node.attribute if a.name == "columns")
+def _attribute(node: onnx.NodeProto, name: str) -> int:
+    return next(int(a.i) for a in node.attribute if a.name == name)

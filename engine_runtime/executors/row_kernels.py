@@ -3,6 +3,10 @@
 A row is quantized on its own: ``scale = max |x| / 127`` and ``x = scale * (q - 128)`` with q in uint8. So the integers
 that enter a matrix product, whose sums are exact, never depend on the other rows of the batch.
 
+Before that it is rotated: a Hadamard transform of each 2**n neighbours spreads an outlier over all of them, where it
+would otherwise take most of the 8 bits (QuaRot, arXiv:2404.00456). The weights that the row is multiplied with hold the
+inverse, so that the product stays the same.
+
 Each kernel is called as ``kernel(arguments, task)``, where ``arguments`` is the address of an int64 array; ``operators``
 names its words. Columns are multiples of 16.
 """
@@ -16,6 +20,7 @@ from engine_runtime.executors.operators import (
     ADDRESSES,
     COLUMNS,
     CONSTANT,
+    ROTATION,
     ROWS,
     SCRATCH,
     SCRATCH_STRIDE,
@@ -23,6 +28,7 @@ from engine_runtime.executors.operators import (
 )
 from engine_runtime.executors.row_vectors import (
     divide,
+    hadamard_lanes,
     load_float,
     load_floats,
     load_integers,
@@ -34,7 +40,7 @@ from engine_runtime.executors.row_vectors import (
     store_floats,
 )
 from engine_runtime.kernels.cpu_compile import kernel
-from engine_runtime.kernels.cpu_simd import LANES, add, exp2, maximum, multiply, splat, sum_lanes
+from engine_runtime.kernels.cpu_simd import LANES, add, exp2, maximum, multiply, splat, subtract, sum_lanes
 
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
@@ -50,24 +56,66 @@ def rows_of_task(arguments: int, task: int) -> tuple[int, int]:
 
 
 @kernel
-def _store_row(
-    source: int, offset: int, columns: int, largest: float, target: int, target_offset: int
-) -> None:
-    """Quantizes floats whose largest magnitude is known."""
-    inverse = LARGEST / largest if largest > ZERO else ZERO
-    factor = splat(inverse)
-    for c in range(0, columns, LANES):
-        store_bytes(target, target_offset + c, multiply(load_floats(source, offset + c), factor))
+def scratch_of_task(arguments: int, task: int) -> int:
+    return load_int64(arguments, SCRATCH) + task * load_int64(arguments, SCRATCH_STRIDE)
 
 
 @kernel
-def quantize_row_range(x: int, q: int, scale: int, columns: int, first: int, last: int) -> None:
-    for row in range(first, last):
-        largest = splat(ZERO)
+def rotate_row(x: int, offset: int, columns: int, rotation: int, y: int) -> None:
+    """Hadamard transform of each ``rotation`` neighbours (a power of two, or 1: none), not normalized; x to y[0:]."""
+    if rotation < LANES:
         for c in range(0, columns, LANES):
-            largest = max_abs(largest, load_floats(x, row * columns + c))
-        bound = max_abs_lanes(largest)
-        _store_row(x, row * columns, columns, bound, q, row * columns)
+            store_floats(y, c, load_floats(x, offset + c))
+        return
+    for c in range(0, columns, LANES):
+        store_floats(y, c, hadamard_lanes(load_floats(x, offset + c)))
+    width = LANES
+    while 4 * width <= rotation:
+        for start in range(0, columns, 4 * width):
+            for c in range(start, start + width, LANES):
+                v0 = load_floats(y, c)
+                v1 = load_floats(y, c + width)
+                v2 = load_floats(y, c + 2 * width)
+                v3 = load_floats(y, c + 3 * width)
+                s0 = add(v0, v1)
+                s1 = subtract(v0, v1)
+                s2 = add(v2, v3)
+                s3 = subtract(v2, v3)
+                store_floats(y, c, add(s0, s2))
+                store_floats(y, c + width, add(s1, s3))
+                store_floats(y, c + 2 * width, subtract(s0, s2))
+                store_floats(y, c + 3 * width, subtract(s1, s3))
+        width *= 4
+    if width < rotation:
+        for start in range(0, columns, 2 * width):
+            for c in range(start, start + width, LANES):
+                v0 = load_floats(y, c)
+                v1 = load_floats(y, c + width)
+                store_floats(y, c, add(v0, v1))
+                store_floats(y, c + width, subtract(v0, v1))
+
+
+@kernel
+def _quantize(x: int, columns: int, q: int, offset: int) -> float:
+    """Quantizes x[0:columns] to q[offset:]; returns the largest magnitude, NaN if there is a NaN."""
+    largest = splat(ZERO)
+    for c in range(0, columns, LANES):
+        largest = max_abs(largest, load_floats(x, c))
+    bound = max_abs_lanes(largest)
+    factor = splat(LARGEST / bound if bound > ZERO else ZERO)
+    for c in range(0, columns, LANES):
+        store_bytes(q, offset + c, multiply(load_floats(x, c), factor))
+    return bound
+
+
+@kernel
+def quantize_row_range(
+    x: int, q: int, scale: int, scratch: int, columns: int, rotation: int, first: int, last: int
+) -> None:
+    """Rows ``first`` to ``last - 1`` of x; ``scratch`` holds one row."""
+    for row in range(first, last):
+        rotate_row(x, row * columns, columns, rotation, scratch)
+        bound = _quantize(scratch, columns, q, row * columns)
         store_float(scale, row, bound / LARGEST)
 
 
@@ -89,7 +137,9 @@ def quantize_rows(arguments: int, task: int) -> None:
         load_int64(arguments, ADDRESSES),
         load_int64(arguments, ADDRESSES + 1),
         load_int64(arguments, ADDRESSES + 2),
+        scratch_of_task(arguments, task),
         load_int64(arguments, COLUMNS),
+        load_int64(arguments, ROTATION),
         first,
         last,
     )
@@ -113,7 +163,8 @@ def swiglu_quantize(arguments: int, task: int) -> None:
     """sums int32 [rows, 2 columns], scale, column_scale -> silu(gate) * up, quantized as by ``quantize_rows``."""
     first, last = rows_of_task(arguments, task)
     columns = load_int64(arguments, COLUMNS)
-    h = load_int64(arguments, SCRATCH) + task * load_int64(arguments, SCRATCH_STRIDE)
+    rotation = load_int64(arguments, ROTATION)
+    h = scratch_of_task(arguments, task)
     sums = load_int64(arguments, ADDRESSES)
     scale = load_int64(arguments, ADDRESSES + 1)
     column_scale = load_int64(arguments, ADDRESSES + 2)
@@ -125,7 +176,6 @@ def swiglu_quantize(arguments: int, task: int) -> None:
     highest = splat(np.float32(126.0))
     for row in range(first, last):
         factor = splat(load_float(scale, row))
-        largest = splat(ZERO)
         gates = 2 * row * columns
         ups = gates + columns
         for c in range(0, columns, LANES):
@@ -135,10 +185,9 @@ def swiglu_quantize(arguments: int, task: int) -> None:
             )
             power = minimum(maximum(multiply(gate, exponent), lowest), highest)
             value = multiply(divide(gate, add(one, exp2(power))), up)
-            largest = max_abs(largest, value)
             store_floats(h, c, value)
-        bound = max_abs_lanes(largest)
-        _store_row(h, 0, columns, bound, q, row * columns)
+        rotate_row(h, 0, columns, rotation, h)
+        bound = _quantize(h, columns, q, row * columns)
         store_float(scale_out, row, bound / LARGEST)
 
 
@@ -149,8 +198,9 @@ def add_rms_norm_quantize(arguments: int, task: int) -> None:
     """
     first, last = rows_of_task(arguments, task)
     columns = load_int64(arguments, COLUMNS)
+    rotation = load_int64(arguments, ROTATION)
     epsilon = load_float(arguments, 2 * CONSTANT)
-    weighted = load_int64(arguments, SCRATCH) + task * load_int64(arguments, SCRATCH_STRIDE)
+    weighted = scratch_of_task(arguments, task)
     sums = load_int64(arguments, ADDRESSES)
     scale = load_int64(arguments, ADDRESSES + 1)
     column_scale = load_int64(arguments, ADDRESSES + 2)
@@ -161,7 +211,6 @@ def add_rms_norm_quantize(arguments: int, task: int) -> None:
     scale_out = load_int64(arguments, ADDRESSES + 7)
     for row in range(first, last):
         factor = splat(load_float(scale, row))
-        largest = splat(ZERO)
         squares = splat(ZERO)
         offset = row * columns
         for c in range(0, columns, LANES):
@@ -169,10 +218,8 @@ def add_rms_norm_quantize(arguments: int, task: int) -> None:
             total = add(load_floats(residual, offset + c), multiply(product, factor))
             store_floats(residual_out, offset + c, total)
             squares = add(squares, multiply(total, total))
-            scaled = multiply(total, load_floats(weight, c))
-            largest = max_abs(largest, scaled)
-            store_floats(weighted, c, scaled)
-        bound = max_abs_lanes(largest)
-        _store_row(weighted, 0, columns, bound, q, offset)
+            store_floats(weighted, c, multiply(total, load_floats(weight, c)))
+        rotate_row(weighted, 0, columns, rotation, weighted)
+        bound = _quantize(weighted, columns, q, offset)
         mean = sum_lanes(squares) / np.float32(columns)
         store_float(scale_out, row, bound / (LARGEST * np.sqrt(mean + epsilon)))

@@ -156,3 +156,20 @@ def store_bytes(typing_context: Any, address: Any, offset: Any, vector: Any) -> 
         return context.get_dummy_value()
 
     return types.void(types.int64, types.int64, float32x16), generate
+
+
+@intrinsic  # type: ignore[misc]
+def hadamard_lanes(typing_context: Any, vector: Any) -> Any:
+    """The Hadamard transform of 16 lanes, not normalized: four rounds of sums and differences of pairs."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        value = arguments[0]
+        undefined = ir.Constant(VECTOR, ir.Undefined)
+        for bit in (1, 2, 4, 8):
+            partners = ir.Constant(INT_VECTOR, [INT32(lane ^ bit) for lane in range(LANES)])
+            signs = ir.Constant(VECTOR, [_FLOAT(-1.0 if lane & bit else 1.0) for lane in range(LANES)])
+            swapped = builder.shuffle_vector(value, undefined, partners)
+            value = builder.fadd(swapped, builder.fmul(value, signs))
+        return value
+
+    return float32x16(float32x16), generate
