@@ -15,6 +15,17 @@ class ConfigError(ValueError):
     """The model's configuration is wrong or asks for something that is not supported."""
 
 
+def check_num_layers(num_layers: int) -> int:
+    """Returns the number if it is reasonable; to be called before anything is made for each layer.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not 1 <= num_layers <= _MAX_LAYERS:
+        raise ConfigError(f"the number of layers is {num_layers}; expected 1 to {_MAX_LAYERS}")
+    return num_layers
+
+
 @dataclass(frozen=True, slots=True)
 class LayerConfig:
     """What differs between the layers of one model.
@@ -70,8 +81,7 @@ class ModelConfig:
             value = getattr(self, field.name)
             if field.type == "int" and not 1 <= value <= _MAX_DIMENSION:
                 raise ConfigError(f"{field.name} is {value}; expected 1 to {_MAX_DIMENSION}")
-        if self.num_hidden_layers > _MAX_LAYERS:
-            raise ConfigError(f"num_hidden_layers is {self.num_hidden_layers}; at most {_MAX_LAYERS}")
+        check_num_layers(self.num_hidden_layers)
         if len(self.layers) != self.num_hidden_layers:
             raise ConfigError(f"{len(self.layers)} layer kinds for {self.num_hidden_layers} layers")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 
-from engine_runtime.model_config import ConfigError, LayerConfig, ModelConfig
+from engine_runtime.model_config import ConfigError, LayerConfig, ModelConfig, check_num_layers
 from engine_runtime.models.architectures import require_architecture
 from engine_runtime.rope import FrequencyFactors, LinearScaling, RopeConfig, RopeScaling, YarnScaling
 from engine_runtime.weights.config_fields import ConfigFields
@@ -44,7 +44,7 @@ def read_gguf_config(
 
     hidden_size = fields.integer("embedding_length")
     num_heads = fields.integer("attention.head_count")
-    num_layers = fields.integer("block_count")
+    num_layers = check_num_layers(fields.integer("block_count"))
     head_dim = _head_dim(fields, hidden_size, num_heads)
     is_gemma3 = architecture == "gemma3"
     bos = top.token_ids("tokenizer.ggml.bos_token_id")

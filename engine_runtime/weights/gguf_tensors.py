@@ -9,7 +9,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from gguf import GGMLQuantizationType
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 from numpy.typing import NDArray
 
@@ -25,6 +25,8 @@ _STORED: dict[str, np.dtype[Any]] = {
     "BF16": np.dtype(ml_dtypes.bfloat16),
 }
 _DEQUANTIZED = ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K")
+
+_DEQUANTIZED_AT_ONCE = 1 << 16
 
 _TOP_NAMES = {
     "token_embd.weight": "model.embed_tokens.weight",
@@ -110,9 +112,7 @@ class GgufTensors:
         stored = _STORED.get(tensor.quantization.name)
         if stored is not None:
             return stored_floats(data, stored, tensor.shape)
-        rows = data.reshape(*tensor.shape[:-1], -1)
-        values: NDArray[np.float32] = dequantize(rows, tensor.quantization)
-        return values.reshape(tensor.shape)
+        return dequantize_blocks(data, tensor.quantization).reshape(tensor.shape)
 
     def _read_config(self) -> ModelConfig:
         tensors = self._file.tensors
@@ -141,6 +141,21 @@ def _canonical(name: str, block_names: dict[str, str]) -> str | None:
         return _TOP_NAMES.get(name)
     module = block_names.get(match[2])
     return None if module is None else f"model.layers.{int(match[1])}.{module}.{match[3]}"
+
+
+def dequantize_blocks(data: NDArray[np.uint8], quantization: GGMLQuantizationType) -> NDArray[np.float32]:
+    """Float32 values of whole blocks, computed piece by piece to stay in the processor's cache.
+
+    Args:
+        data: bytes of blocks, one after the other.
+    """
+    block_size, block_bytes = GGML_QUANT_SIZES[quantization]
+    values = np.empty(len(data) // block_bytes * block_size, np.float32)
+    step = _DEQUANTIZED_AT_ONCE // block_size
+    for i in range(0, len(data) // block_bytes, step):
+        piece = data[i * block_bytes : (i + step) * block_bytes]
+        values[i * block_size : (i + step) * block_size] = dequantize(piece[None], quantization)[0]
+    return values
 
 
 def _unpermute(tensor: NDArray[Any], num_heads: int) -> NDArray[Any]:

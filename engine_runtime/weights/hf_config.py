@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from engine_runtime.model_config import ConfigError, LayerConfig, ModelConfig
+from engine_runtime.model_config import ConfigError, LayerConfig, ModelConfig, check_num_layers
 from engine_runtime.models.architectures import require_architecture
 from engine_runtime.rope import LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
 from engine_runtime.weights.config_fields import REQUIRED, ConfigFields
@@ -47,7 +47,7 @@ def read_hf_config(
     hidden_size = fields.integer("hidden_size")
     num_heads = fields.integer("num_attention_heads", 8 if is_gemma3 else REQUIRED)
     head_dim = _head_dim(fields, architecture, hidden_size, num_heads)
-    num_layers = fields.integer("num_hidden_layers")
+    num_layers = check_num_layers(fields.integer("num_hidden_layers"))
     _check_activation(fields, architecture)
     if fields.boolean("use_bidirectional_attention", False):
         raise ConfigError("use_bidirectional_attention is set: this is an encoder, not a generator of text")

@@ -12,28 +12,33 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from tqdm import tqdm
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from server.model_source import fetch_default_model
 from server.tokenizer import load_tokenizer
 from tests.reference.prompts import make_prompts
 from tests.reference.recordings import FOLDER
+from tests.reference.rope_cases import ROPE_CASES
 from tests.reference.tiny_checkpoints import CONFIGS, tiny_prompts, write_tiny_checkpoint
 
 NUM_TOKENS = 64
+_BATCH = 8
 _FULL_STEPS = (0, 1, 7, 31, 63)
 
 
 def record(name: str, model: PreTrainedModel, prompts: list[list[int]], full_steps: tuple[int, ...]) -> None:
     """Writes ``recorded/NAME.npz`` and prints how far float32 and float64 lie apart."""
-    runs = [_generate(model, prompt) for prompt in prompts]
+    runs: list[torch.Tensor] = []
+    for batch in tqdm([prompts[i : i + _BATCH] for i in range(0, len(prompts), _BATCH)], desc=name):
+        runs += _generate(model, batch)
     tokens, seconds, top_logits = [], [], []
     for logits in runs:
         best = logits.topk(2, dim=-1)
         tokens.append(best.indices[:, 0])
         seconds.append(best.indices[:, 1])
         top_logits.append(best.values)
-    FOLDER.mkdir(exist_ok=True)
     path = FOLDER / f"{name}.npz"
     np.savez_compressed(
         path,
@@ -54,15 +59,29 @@ def record(name: str, model: PreTrainedModel, prompts: list[list[int]], full_ste
 
 
 @torch.inference_mode()
-def _generate(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
-    """The logits [NUM_TOKENS, vocab_size] of greedy generation."""
-    output = model(torch.tensor([prompt]), use_cache=True, logits_to_keep=1)
-    steps = [output.logits[0, -1].float()]
+def _generate(model: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
+    """Greedy generation after each prompt, a few together: logits [NUM_TOKENS, vocab_size]."""
+    length = max(len(prompt) for prompt in prompts)
+    # Padded on the left; the mask hides it, and positions start behind it.
+    tokens = torch.tensor([[0] * (length - len(prompt)) + prompt for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    steps: list[torch.Tensor] = []
+    cache = None
     while len(steps) < NUM_TOKENS:
-        token = steps[-1].argmax().reshape(1, 1)
-        output = model(token, past_key_values=output.past_key_values, use_cache=True)
-        steps.append(output.logits[0, -1].float())
-    return torch.stack(steps)
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        output = model(
+            tokens,
+            attention_mask=mask,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        steps.append(output.logits[:, -1])
+        tokens = steps[-1].argmax(-1, keepdim=True)
+        mask = torch.nn.functional.pad(mask, (0, 1), value=1)
+    return list(torch.stack(steps, dim=1))
 
 
 @torch.inference_mode()
@@ -77,7 +96,21 @@ def _rounding_noise(model: PreTrainedModel, prompts: list[list[int]], runs: list
     return worst
 
 
+def record_rope() -> None:
+    """Writes ``recorded/rope.npz``: the frequencies and the amplitude of each case."""
+    arrays = {}
+    for name, values in ROPE_CASES.items():
+        config = AutoConfig.for_model(**values)
+        rotary = LlamaRotaryEmbedding(config)
+        arrays[f"{name}.inverse_frequencies"] = rotary.inv_freq.numpy()
+        arrays[f"{name}.attention_factor"] = np.float32(rotary.attention_scaling)
+    np.savez_compressed(FOLDER / "rope.npz", **arrays)
+
+
 def main(names: list[str]) -> None:
+    FOLDER.mkdir(exist_ok=True)
+    if not names or "rope" in names:
+        record_rope()
     if not names or "smollm2" in names:
         path = fetch_default_model()
         tokenizer = load_tokenizer(path)

@@ -19,7 +19,7 @@ VOCAB_SIZE = 256
 
 _SHAPE = {
     "hidden_size": 64,
-    "intermediate_size": 112,
+    "intermediate_size": 96,
     "num_hidden_layers": 3,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
