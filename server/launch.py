@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
+import gc
 import logging
 import os
 import signal
@@ -166,6 +167,9 @@ def run_engine(address: str) -> int:
             end.send(Kind.FAILED, str(error))
             return 1
         core = EngineCore(executor)
+        # What was loaded stays: the collector need not walk it again in the middle of a step.
+        gc.collect()
+        gc.freeze()
         end.send(Kind.READY, Ready(executor.spec, plan.table(), time.monotonic() - began))
         end.run(core)
         core.shutdown()
