@@ -16,7 +16,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models
+from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from server.chat_template import ChatTemplateError
 from server.control_tokens import ControlTokens
@@ -193,6 +193,23 @@ def test_the_bound_is_useful(smollm2: Tokenizer) -> None:
     for text in [*TEXTS, prose]:
         assert smollm2.min_tokens_for(text) <= len(smollm2.encode(text))
     assert smollm2.min_tokens_for("7" * 1_000_000) >= 100_000
+
+
+@settings(deadline=None)
+@given(
+    text=st.text(
+        st.sampled_from("K\u212a\u1100\u1161\u11a8e\u0301\u03b1\u0313\u0300\u0345\U000110a5\U000110ba"),
+        max_size=12,
+    )
+)
+def test_the_bound_holds_for_text_that_nfc_shortens(text: str) -> None:
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(models.BPE({letter: n for n, letter in enumerate(alphabet)}, []))
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = Tokenizer(TokenizerSpec(backend, None, (), {}))
+    assert len(text.encode()) / 3 <= tokenizer.min_tokens_for(text) <= len(tokenizer.encode(text))
 
 
 def test_the_bound_gives_up_where_text_may_get_lost() -> None:
