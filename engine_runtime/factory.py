@@ -41,7 +41,8 @@ class RuntimeConfig:
 
     Attributes:
         model_path: a folder in Hugging Face format or a .gguf file.
-        dtype: ``float32`` is exact; ``int8`` quantizes the matrix products; ``auto`` is the faster of the two.
+        dtype: ``float32`` is exact; ``int8`` quantizes the matrix products; ``auto`` is the faster of the
+        two.
         max_model_len: longest sequence; None: what the model claims, if memory allows.
         kv_cache_bytes: None: a part of the memory that is available.
         num_threads: None: one for each core that this process may use.

@@ -1,8 +1,8 @@
 """The operator ``Attention``: paged attention as a node of the decoder's graph.
 
-Up to four kernels in sequence: the merged projection back to floats if it comes as integer sums, keys and values to the
-cache, attention itself, and its result to int8 rows if a quantized product follows. ``row_kernels`` says how a kernel
-gets its arguments; what is added to them here starts at ``EXTRA``.
+Up to four kernels in sequence: the merged projection back to floats if it comes as integer sums, keys and
+values to the cache, attention itself, and its result to int8 rows if a quantized product follows.
+``row_kernels`` says how a kernel gets its arguments; what is added to them here starts at ``EXTRA``.
 """
 
 from __future__ import annotations
@@ -56,29 +56,36 @@ NUM_EXTRA = 17
 
 @kernel
 def _array(address: int, rows: int, columns: int) -> Float32Array:
-    return carray(void_pointer(address), (rows, columns), np.float32)
+    array: Float32Array = carray(void_pointer(address), (rows, columns), np.float32)
+    return array
 
 
 @kernel
 def _vector(address: int, size: int) -> Int32Array:
-    return carray(void_pointer(address), (size,), np.int32)
+    array: Int32Array = carray(void_pointer(address), (size,), np.int32)
+    return array
 
 
 @kernel
 def _floats(address: int, size: int) -> Float32Array:
-    return carray(void_pointer(address), (size,), np.float32)
+    array: Float32Array = carray(void_pointer(address), (size,), np.float32)
+    return array
 
 
 @kernel
 def _qkv_address(arguments: int) -> int:
-    address = load_int64(arguments, QKV)
-    return address if address != 0 else load_int64(arguments, ADDRESSES)
+    address: int = load_int64(arguments, QKV)
+    if address == 0:
+        address = load_int64(arguments, ADDRESSES)
+    return address
 
 
 @kernel
 def _out_address(arguments: int) -> int:
-    address = load_int64(arguments, OUT)
-    return address if address != 0 else load_int64(arguments, load_int64(arguments, FIRST_OUTPUT))
+    address: int = load_int64(arguments, OUT)
+    if address == 0:
+        address = load_int64(arguments, load_int64(arguments, FIRST_OUTPUT))
+    return address
 
 
 def dequantize_qkv(arguments: int, task: int) -> None:

@@ -12,7 +12,8 @@ _UNLIMITED = 1 << 60
 
 
 def usable_cores() -> int:
-    """Physical cores among the processors that this process may run on, within the quota of its control group.
+    """Physical cores among the processors that this process may run on, within the quota of its control
+    group.
 
     Two threads of one core share its multipliers, so a second one slows a matrix product down.
     """
@@ -68,7 +69,7 @@ def _reclaimable(folder: Path) -> int:
 
 
 def _cgroup_folders() -> Iterator[Path]:
-    """The control groups of this process and their parents, of version 2 and 1; the mount itself in a container."""
+    """The control groups of this process and their parents, version 2 and 1, and the mount of a container."""
     yield _CGROUPS
     for controller in ("memory", "cpu"):
         yield _CGROUPS / controller

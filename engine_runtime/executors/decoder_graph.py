@@ -2,8 +2,9 @@
 
     hidden -> first -> Attention 0 -> middle -> Attention 1 -> ... -> Attention L-1 -> last -> logits
 
-One graph is one call into ONNX Runtime for a step. The nodes are those of the segments, under the names of their own
-layer; weights stay references to the checkpoint, so that passes can say how each is to be stored before any is read.
+One graph is one call into ONNX Runtime for a step. The nodes are those of the segments, under the names of
+their own layer; weights stay references to the checkpoint, so that passes can say how each is to be stored
+before any is read.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import SegmentKind, WeightInput
 
 Form = Literal["plain", "transposed", "int8", "scale"]
-"""How a weight is stored: as in the checkpoint; [in, out]; the same in int8, a scale an output; those scales."""
+"""How a weight is stored: as in the checkpoint; [in, out]; [in, out] in int8; a scale for each output."""
 
 HIDDEN = "hidden"
 SAMPLED_ROWS = "sampled_rows"
@@ -112,7 +113,8 @@ def own_node(
 def build_decoder(config: ModelConfig) -> DecoderGraph:
     """Joins the float32 segments of all layers.
 
-    The graph maps ``hidden`` [T, H], the scaled embeddings, and ``sampled_rows`` int64 [R] to ``logits`` [R, V].
+    The graph maps ``hidden`` [T, H], the scaled embeddings, and ``sampled_rows`` int64 [R] to ``logits`` [R,
+    V].
 
     Raises:
         ConfigError: the architecture is not supported.

@@ -14,8 +14,8 @@ from onnx import TensorProto, helper
 from engine_runtime.executors import attention_kernels as attention
 from engine_runtime.executors import row_kernels
 from engine_runtime.executors.decoder_graph import HIDDEN, LOGITS, SAMPLED_ROWS, DecoderGraph, StoredWeight
-from engine_runtime.executors.operators import DOMAIN, Operator, OperatorTable, compiled
-from engine_runtime.executors.ort_session import ELEMENT_TYPES, OrtSession
+from engine_runtime.executors.operators import ADDRESSES, DOMAIN, Operator, OperatorTable, compiled
+from engine_runtime.executors.ort_session import OrtSession, external_initializer, packs_matrices
 from engine_runtime.executors.quantization import quantize_weight
 from engine_runtime.executors.step_record import NUM_TASKS, SAMPLED, SEQUENCES, TOKENS, UNITS, StepRecord
 from engine_runtime.kernels.cpu import NO_WINDOW, KvCache, padded_head_dim
@@ -52,7 +52,8 @@ class DecoderSession:
     """Runs steps of a whole decoder.
 
     Attributes:
-        hidden: float32 [max_tokens, H]: the executor writes the scaled embeddings of a step to its first rows.
+        hidden: float32 [max_tokens, H]: the executor writes the scaled embeddings of a step to its first
+        rows.
         logits: float32 [max_sampled, V]: the result.
     """
 
@@ -112,8 +113,9 @@ class DecoderSession:
             num_threads=num_threads,
             profile_prefix=profile_prefix,
         )
-        # Matrices are packed anew when a session is built and not looked at again; the rest is read in place.
-        self._weights = {name: array for name, array in weights.items() if array.ndim < 2}
+        if packs_matrices():
+            weights = {name: array for name, array in weights.items() if array.ndim < 2}
+        self._weights = weights  # read in place
 
     def run(self, sampled_rows: npt.NDArray[np.int64]) -> None:
         """Computes a step that ``record`` describes and whose embeddings are in ``hidden``.
@@ -151,7 +153,12 @@ class DecoderSession:
                 state = self._node_state(node.op_type, attributes, rows)
                 node.attribute.append(helper.make_attribute("node", state))
             nodes.append(node)
-        initializers = [_external(name, stored) for name, stored in graph.weights.items()]
+        initializers = [
+            external_initializer(
+                name, np.dtype(np.int8 if stored.form == "int8" else np.float32), stored.shape
+            )
+            for name, stored in graph.weights.items()
+        ]
         hidden, vocabulary = self._config.hidden_size, self._config.vocab_size
         lowered = helper.make_graph(
             nodes,
@@ -223,7 +230,7 @@ class DecoderSession:
         scale, softcap = attention.SCALE - first, attention.SOFTCAP - first
         extra[scale : scale + 1].view(np.float32)[0] = config.attention_scale
         extra[softcap : softcap + 1].view(np.float32)[0] = config.attention_logit_softcap or 0.0
-        extra[attention.FIRST_OUTPUT - first] = attention.ADDRESSES + len(operator.inputs)
+        extra[attention.FIRST_OUTPUT - first] = ADDRESSES + len(operator.inputs)
         return self._table.add_node(
             rows=TOKENS,
             kernels=[(compiled(kernel).address, cut + NUM_TASKS) for kernel, cut in kernels],
@@ -245,7 +252,7 @@ def _output_columns(operator: Operator, columns: int) -> Sequence[int]:
 
 
 def _task_scratch(config: ModelConfig, max_tasks: int) -> npt.NDArray[np.uint8]:
-    """One row a task, for whichever kernel needs most, in whole pages so that no two tasks share a cache line."""
+    """One row a task, for whichever kernel needs most; in whole pages, so that tasks share no cache line."""
     value_dim = padded_head_dim(config.head_dim)
     size = max(
         4 * config.intermediate_size,
@@ -254,14 +261,6 @@ def _task_scratch(config: ModelConfig, max_tasks: int) -> npt.NDArray[np.uint8]:
         attention.scratch_bytes(config.num_attention_heads, config.num_key_value_heads, value_dim),
     )
     return np.zeros((max_tasks, -(-size // 4096) * 4096), np.uint8)
-
-
-def _external(name: str, stored: StoredWeight) -> onnx.TensorProto:
-    """An initializer whose data comes through the session, not from the model."""
-    tensor = TensorProto(name=name, dims=stored.shape, data_location=TensorProto.EXTERNAL)
-    tensor.data_type = ELEMENT_TYPES[np.dtype(np.int8 if stored.form == "int8" else np.float32)]
-    tensor.external_data.add(key="location", value="weights")
-    return tensor
 
 
 def _load(name: str, stored: StoredWeight, checkpoint: Checkpoint) -> dict[str, npt.NDArray[Any]]:

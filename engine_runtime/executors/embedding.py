@@ -20,7 +20,8 @@ class EmbeddingTable:
         """
         Args:
             table: float32 [V, H].
-            is_quantized: store each row in int8 with a scale of its own, as the output projection does, which in most
+            is_quantized: store each row in int8 with a scale of its own, as the output projection does, which
+            in most
                 small models is the same matrix.
         """
         self._rows: npt.NDArray[np.int8] | npt.NDArray[np.float32]

@@ -72,8 +72,8 @@ class InputBatch:
     def runs(self, shares: list[Share]) -> Iterator[list[Share]]:
         """Splits a step into runs whose logits fit in memory; nearly always one.
 
-        Only log-probabilities of prompts need a row of logits a token. Tokens of a sequence that come to a later run
-        find those of the earlier ones in the KV cache, as any later step would.
+        Only log-probabilities of prompts need a row of logits a token. Tokens of a sequence that come to a
+        later run find those of the earlier ones in the KV cache, as any later step would.
         """
         run: list[Share] = []
         free = self._max_rows
@@ -94,8 +94,8 @@ class InputBatch:
         """The arrays of a run.
 
         Returns:
-            token ids [T]; which tokens belong to which sequence; the rows [R] whose logits are wanted, in order. The
-            first is reused by the next call.
+            token ids [T]; which tokens belong to which sequence; the rows [R] whose logits are wanted, in
+            order. The first is reused by the next call.
         """
         query_start = np.zeros(len(run) + 1, np.int32)
         context_len = np.zeros(len(run), np.int32)
@@ -122,7 +122,7 @@ def _prompt_rows(state: SequenceState, start: int, stop: int) -> int:
 
 
 def _split(share: Share, rows: int) -> tuple[Share | None, Share]:
-    """The part of a share that needs ``rows`` rows of logits, and the rest. Its tokens with rows come first."""
+    """The part of a share that needs ``rows`` rows of logits, and the rest. Tokens with rows come first."""
     middle = share.start + min(rows, share.num_prompt_rows)
     if middle == share.start:
         return None, share

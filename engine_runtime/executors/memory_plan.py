@@ -76,7 +76,8 @@ def make_plan(
 
     Args:
         max_model_len: None takes what the model claims, or less if the KV cache holds less.
-        kv_cache_bytes: None takes a part of the available memory, no more than ``max_num_seqs`` sequences of the
+        kv_cache_bytes: None takes a part of the available memory, no more than ``max_num_seqs`` sequences of
+        the
             greatest length need.
 
     Raises:
@@ -107,8 +108,8 @@ def make_plan(
     if num_blocks < 1 or plan.num_full_sequences < 1:
         least = blocks_a_sequence * block_bytes if max_model_len else block_bytes
         raise MemoryPlanError(
-            f"The KV cache cannot hold one sequence of {wanted_len:,} tokens, which takes {_mebibytes(least)}. "
-            f"Lower max-model-len or raise kv-cache-bytes.\n{plan.table()}"
+            f"The KV cache cannot hold one sequence of {wanted_len:,} tokens, which takes "
+            f"{_mebibytes(least)}. Lower max-model-len or raise kv-cache-bytes.\n{plan.table()}"
         )
     if needed > available_bytes:
         raise MemoryPlanError(

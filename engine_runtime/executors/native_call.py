@@ -5,11 +5,15 @@ Addresses are int64. Nothing is checked.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
 from numba.extending import intrinsic
+
+native: Callable[[Callable[..., Any]], Callable[..., Any]] = intrinsic
+"""Decorates a function that emits LLVM code; the result is called from numba code."""
 
 _INT64 = ir.IntType(64)
 _BYTE_POINTER = ir.PointerType(ir.IntType(8))
@@ -19,7 +23,7 @@ def pointer_to(builder: Any, address: Any, element: Any) -> Any:
     return builder.inttoptr(address, ir.PointerType(element))
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def load_int64(typing_context: Any, address: Any, index: Any) -> Any:
     """Element ``index`` of the int64 array at ``address``."""
 
@@ -30,7 +34,7 @@ def load_int64(typing_context: Any, address: Any, index: Any) -> Any:
     return types.int64(types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def store_int64(typing_context: Any, address: Any, index: Any, value: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         base = pointer_to(builder, arguments[0], _INT64)
@@ -53,29 +57,29 @@ def _call_intrinsic(num_arguments: int, returns: bool) -> Any:
     return result(*[types.int64] * (num_arguments + 1)), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def call_2(typing_context: Any, function: Any, a: Any, b: Any) -> Any:
     """Calls ``void function(int64, int64)``."""
     return _call_intrinsic(2, returns=False)
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def call_2_status(typing_context: Any, function: Any, a: Any, b: Any) -> Any:
     """Calls ``int64 function(int64, int64)``."""
     return _call_intrinsic(2, returns=True)
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def call_3_status(typing_context: Any, function: Any, a: Any, b: Any, c: Any) -> Any:
     return _call_intrinsic(3, returns=True)
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def call_5_status(typing_context: Any, function: Any, a: Any, b: Any, c: Any, d: Any, e: Any) -> Any:
     return _call_intrinsic(5, returns=True)
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def void_pointer(typing_context: Any, address: Any) -> Any:
     """The address as numba's ``voidptr``, which ``carray`` turns into an array."""
 

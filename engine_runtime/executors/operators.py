@@ -1,9 +1,9 @@
 """Operators of our own inside ONNX Runtime: numba kernels behind the C interface of custom operators.
 
-A node's work is one or more kernels in sequence, each split into tasks that run on the session's own threads. What a
-kernel needs is kept in the node's state, an int64 array that the node's attribute ``node`` selects; the addresses of
-inputs and outputs are filled in at each run. How many rows and tasks there are is read from the *step record*, one
-int64 array that all nodes share and that the executor fills in before a run.
+A node's work is one or more kernels in sequence, each split into tasks that run on the session's own threads.
+What a kernel needs is kept in the node's state, an int64 array that the node's attribute ``node`` selects;
+the addresses of inputs and outputs are filled in at each run. How many rows and tasks there are is read from
+the *step record*, one int64 array that all nodes share and that the executor fills in before a run.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ def _compute(state: int, context: int) -> int:
     store_int64(arguments, SHARE, load_int64(step, load_int64(state, _ROWS) + 1))
     num_inputs = load_int64(state, _NUM_INPUTS)
     for i in range(num_inputs):
-        status = call_3_status(get_input, context, i, slot)
+        status: int = call_3_status(get_input, context, i, slot)
         if status == 0:
             status = call_2_status(get_data, load_int64(slot, 0), slot)
         if status != 0:
@@ -235,7 +235,7 @@ class OperatorTable:
             kernel[0] = self._states[node.value].ctypes.data
             return None
 
-        types = dict(_OrtCustomOp._fields_)  # type: ignore[arg-type, misc]
+        types = {field[0]: field[1] for field in _OrtCustomOp._fields_}
 
         def function(field: str, body: Any) -> Any:
             return types[field](body)

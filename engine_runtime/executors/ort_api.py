@@ -1,8 +1,8 @@
 """ONNX Runtime through its C interface.
 
-The Python package gives a session operators of our own only from a compiled library. The C interface takes them as
-tables of function pointers, and numba makes such functions. So the shared library that the ``onnxruntime`` wheel
-carries is loaded here with ctypes, and the Python module is never imported.
+The Python package gives a session operators of our own only from a compiled library. The C interface takes
+them as tables of function pointers, and numba makes such functions. So the shared library that the
+``onnxruntime`` wheel carries is loaded here with ctypes, and the Python module is never imported.
 
 The interface is one struct of function pointers, to which new ones are only ever appended
 (``onnxruntime_c_api.h``): a position in it never changes its meaning.
@@ -93,14 +93,14 @@ class OrtApi:
         size = 1 + max(position for position, _ in _CALLS.values())
         addresses = (c_void_p * max(size, 1 + max(_KERNEL_CALLS.values()))).from_address(table)
         self._calls = {
-            name: ctypes.CFUNCTYPE(c_void_p, *arguments)(addresses[position])
+            name: ctypes.CFUNCTYPE(c_void_p, *arguments)(addresses[position] or 0)
             for name, (position, arguments) in _CALLS.items()
         }
         self._releases = {
-            name: ctypes.CFUNCTYPE(None, c_void_p)(addresses[position])
+            name: ctypes.CFUNCTYPE(None, c_void_p)(addresses[position] or 0)
             for name, position in _RELEASES.items()
         }
-        self._message = ctypes.CFUNCTYPE(c_char_p, c_void_p)(addresses[2])
+        self._message = ctypes.CFUNCTYPE(c_char_p, c_void_p)(addresses[2] or 0)
         self.kernel_calls: dict[str, int] = {
             name: addresses[position] or 0 for name, position in _KERNEL_CALLS.items()
         }

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from ctypes import c_char_p, c_int64, c_void_p
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx
+from onnx import helper
 
 from engine_runtime.executors.ort_api import OrtApi, ort_api
 
@@ -60,11 +63,13 @@ class OrtSession:
 
         Args:
             model: a serialized ModelProto whose initializers name external data; the data is never looked up.
-            initializers: a C-contiguous array for each of those names. The session reads this memory as long as it
-                lives, except that of matrices that it packs anew (``packs_weights``).
+            initializers: a C-contiguous array for each of those names. The session reads this memory as long
+            as it
+                lives, except that of matrices that it packs anew (``packs_matrices``).
             operators: addresses of ``OrtCustomOp`` tables, which must stay valid as long as the session.
             domain: the ONNX domain of ``operators``.
-            num_threads: the calling thread and ``num_threads - 1`` more. They spin while a run lasts and sleep
+            num_threads: the calling thread and ``num_threads - 1`` more. They spin while a run lasts and
+            sleep
                 between runs.
             profile_prefix: writes a trace of every run to a file that starts so, on ``close``.
 
@@ -138,3 +143,60 @@ class OrtSession:
         if self._domain:
             self._api.release("ReleaseCustomOpDomain", self._domain)
         self._binding = self._session = self._domain = 0
+
+
+@cache
+def packs_matrices() -> bool:
+    """Whether this build of ONNX Runtime copies the constant matrices of a product into an order of its own.
+
+    It does so on all processors it has fast kernels for; then our copy can be freed once a session is built.
+    Found out by changing a matrix behind the back of a session.
+    """
+    columns = 32
+    matrices: dict[str, npt.NDArray[Any]] = {
+        "floats": np.ones((columns, columns), np.float32),
+        "integers": np.ones((columns, columns), np.int8),
+    }
+    inputs: dict[str, npt.NDArray[Any]] = {
+        "x": np.ones((2, columns), np.float32),
+        "q": np.ones((2, columns), np.uint8),
+    }
+    outputs: dict[str, npt.NDArray[Any]] = {
+        "y": np.zeros((2, columns), np.float32),
+        "sums": np.zeros((2, columns), np.int32),
+    }
+    graph = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["x", "floats"], ["y"]),
+            helper.make_node("MatMulInteger", ["q", "integers"], ["sums"]),
+        ],
+        "probe",
+        [_value_info(name, array) for name, array in inputs.items()],
+        [_value_info(name, array) for name, array in outputs.items()],
+        [external_initializer(name, array.dtype, array.shape) for name, array in matrices.items()],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+    session = OrtSession(model.SerializeToString(), matrices, [], "probe", num_threads=1)
+    try:
+        for name, array in inputs.items():
+            session.bind_input(name, array)
+        for name, array in outputs.items():
+            session.bind_output(name, array)
+        for matrix in matrices.values():
+            matrix[...] = 0
+        session.run()
+    finally:
+        session.close()
+    return all(bool((array == columns).all()) for array in outputs.values())
+
+
+def external_initializer(name: str, dtype: np.dtype[Any], shape: tuple[int, ...]) -> onnx.TensorProto:
+    """An initializer whose data is handed to ``OrtSession``, not stored in the model."""
+    tensor = onnx.TensorProto(name=name, dims=shape, data_location=onnx.TensorProto.EXTERNAL)
+    tensor.data_type = ELEMENT_TYPES[dtype]
+    tensor.external_data.add(key="location", value="memory")
+    return tensor
+
+
+def _value_info(name: str, array: npt.NDArray[Any]) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, ELEMENT_TYPES[array.dtype], array.shape)

@@ -2,10 +2,10 @@
 
     y = x W^T   becomes   q, s = QuantizeRows(x);  y = Dequantize(MatMulInteger(q, int8 W^T), s, scale of W)
 
-Weights have one scale an output channel, activations one a row, found at run time; both are rotated first, which
-spreads outliers (``row_kernels``). The sums are exact integers, so a
-row's result depends on that row alone, and tokens do not depend on the batch. A second pass melts these operators into
-their neighbours: the README of this package lists what was measured.
+Weights have one scale an output channel, activations one a row, found at run time; both are rotated first,
+which spreads outliers (``row_kernels``). The sums are exact integers, so a row's result depends on that row
+alone, and tokens do not depend on the batch. A second pass melts these operators into their neighbours: the
+README of this package lists what was measured.
 """
 
 from __future__ import annotations
@@ -132,12 +132,11 @@ def _fuse_norm(graph: DecoderGraph, quantize: onnx.NodeProto) -> bool:
     total = graph.producers().get(norm.input[0]) if norm else None
     if norm is None or total is None or total.op_type != "Add":
         return False
-    for product, residual in (total.input, reversed(total.input)):
-        dequantize = find.producer(product, "Dequantize")
-        if dequantize is not None:
-            break
-    else:
+    products = [find.producer(name, "Dequantize") for name in total.input]
+    dequantize = products[0] or products[1]
+    if dequantize is None:
         return False
+    residual = total.input[1 if products[0] else 0]
     attributes = {a.name: helper.get_attribute_value(a) for a in norm.attribute}
     if attributes.get("axis", -1) != -1 or graph.weights[norm.input[1]].form != "plain":
         return False

@@ -1,14 +1,14 @@
 """The quantized operators of a segment, a row of tokens at a time.
 
-A row is quantized on its own: ``scale = max |x| / 127`` and ``x = scale * (q - 128)`` with q in uint8. So the integers
-that enter a matrix product, whose sums are exact, never depend on the other rows of the batch.
+A row is quantized on its own: ``scale = max |x| / 127`` and ``x = scale * (q - 128)`` with q in uint8. So the
+integers that enter a matrix product, whose sums are exact, never depend on the other rows of the batch.
 
-Before that it is rotated: a Hadamard transform of each 2**n neighbours spreads an outlier over all of them, where it
-would otherwise take most of the 8 bits (QuaRot, arXiv:2404.00456). The weights that the row is multiplied with hold the
-inverse, so that the product stays the same.
+Before that it is rotated: a Hadamard transform of each 2**n neighbours spreads an outlier over all of them,
+where it would otherwise take most of the 8 bits (QuaRot, arXiv:2404.00456). The weights that the row is
+multiplied with hold the inverse, so that the product stays the same.
 
-Each kernel is called as ``kernel(arguments, task)``, where ``arguments`` is the address of an int64 array; ``operators``
-names its words. Columns are multiples of 16.
+Each kernel is called as ``kernel(arguments, task)``, where ``arguments`` is the address of an int64 array;
+``operators`` names its words. Columns are multiples of 16.
 """
 
 from __future__ import annotations
@@ -57,12 +57,13 @@ def rows_of_task(arguments: int, task: int) -> tuple[int, int]:
 
 @kernel
 def scratch_of_task(arguments: int, task: int) -> int:
-    return load_int64(arguments, SCRATCH) + task * load_int64(arguments, SCRATCH_STRIDE)
+    address: int = load_int64(arguments, SCRATCH) + task * load_int64(arguments, SCRATCH_STRIDE)
+    return address
 
 
 @kernel
 def rotate_row(x: int, offset: int, columns: int, rotation: int, y: int) -> None:
-    """Hadamard transform of each ``rotation`` neighbours (a power of two, or 1: none), not normalized; x to y[0:]."""
+    """x to y[0:], each ``rotation`` neighbours Hadamard transformed: 2**n from 16 on, or 1 for none."""
     if rotation < LANES:
         for c in range(0, columns, LANES):
             store_floats(y, c, load_floats(x, offset + c))
@@ -101,7 +102,7 @@ def _quantize(x: int, columns: int, q: int, offset: int) -> float:
     largest = splat(ZERO)
     for c in range(0, columns, LANES):
         largest = max_abs(largest, load_floats(x, c))
-    bound = max_abs_lanes(largest)
+    bound: float = max_abs_lanes(largest)
     factor = splat(LARGEST / bound if bound > ZERO else ZERO)
     for c in range(0, columns, LANES):
         store_bytes(q, offset + c, multiply(load_floats(x, c), factor))
@@ -160,7 +161,7 @@ def dequantize(arguments: int, task: int) -> None:
 
 
 def swiglu_quantize(arguments: int, task: int) -> None:
-    """sums int32 [rows, 2 columns], scale, column_scale -> silu(gate) * up, quantized as by ``quantize_rows``."""
+    """sums int32 [rows, 2 columns], scale, column_scale -> silu(gate) * up, quantized."""
     first, last = rows_of_task(arguments, task)
     columns = load_int64(arguments, COLUMNS)
     rotation = load_int64(arguments, ROTATION)

@@ -7,11 +7,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from llvmlite import ir
+from llvmlite import ir  # type: ignore[import-untyped]
 from numba.core import types
-from numba.extending import intrinsic
 
-from engine_runtime.executors.native_call import pointer_to
+from engine_runtime.executors.native_call import native, pointer_to
 from engine_runtime.kernels.cpu_simd import INT32, INT_VECTOR, LANES, VECTOR, constant_vector, float32x16
 
 _FLOAT = ir.FloatType()
@@ -32,17 +31,17 @@ def _integers(value: int) -> Any:
     return ir.Constant(INT_VECTOR, [INT32(value)] * LANES)
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def load_float(typing_context: Any, address: Any, offset: Any) -> Any:
     """One float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_at(builder, *arguments, _FLOAT), typ=_FLOAT, align=4)
+        return builder.load(_at(builder, arguments[0], arguments[1], _FLOAT), typ=_FLOAT, align=4)
 
     return types.float32(types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def store_float(typing_context: Any, address: Any, offset: Any, value: Any) -> Any:
     """One float32."""
 
@@ -53,17 +52,17 @@ def store_float(typing_context: Any, address: Any, offset: Any, value: Any) -> A
     return types.void(types.int64, types.int64, types.float32), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def load_floats(typing_context: Any, address: Any, offset: Any) -> Any:
     """16 float32."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_vector_at(builder, *arguments, _FLOAT), typ=VECTOR, align=4)
+        return builder.load(_vector_at(builder, arguments[0], arguments[1], _FLOAT), typ=VECTOR, align=4)
 
     return float32x16(types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def store_floats(typing_context: Any, address: Any, offset: Any, vector: Any) -> Any:
     """16 float32."""
 
@@ -74,18 +73,20 @@ def store_floats(typing_context: Any, address: Any, offset: Any, vector: Any) ->
     return types.void(types.int64, types.int64, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def load_integers(typing_context: Any, address: Any, offset: Any) -> Any:
     """16 int32, converted to float."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        integers = builder.load(_vector_at(builder, *arguments, INT32), typ=INT_VECTOR, align=4)
+        integers = builder.load(
+            _vector_at(builder, arguments[0], arguments[1], INT32), typ=INT_VECTOR, align=4
+        )
         return builder.sitofp(integers, VECTOR)
 
     return float32x16(types.int64, types.int64), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def max_abs(typing_context: Any, largest: Any, vector: Any) -> Any:
     """The larger of ``largest`` and ``|vector|`` in each lane; a NaN in either wins.
 
@@ -101,7 +102,7 @@ def max_abs(typing_context: Any, largest: Any, vector: Any) -> Any:
     return float32x16(float32x16, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def max_abs_lanes(typing_context: Any, vector: Any) -> Any:
     """The largest lane of a vector without negative lanes; NaN wins."""
 
@@ -120,7 +121,7 @@ def max_abs_lanes(typing_context: Any, vector: Any) -> Any:
     return types.float32(float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def minimum(typing_context: Any, a: Any, b: Any) -> Any:
     """``a`` where a < b, else ``b``: one instruction. Where either is NaN this is ``b``."""
 
@@ -131,7 +132,7 @@ def minimum(typing_context: Any, a: Any, b: Any) -> Any:
     return float32x16(float32x16, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def divide(typing_context: Any, a: Any, b: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fdiv(*arguments)
@@ -139,13 +140,13 @@ def divide(typing_context: Any, a: Any, b: Any) -> Any:
     return float32x16(float32x16, float32x16), generate
 
 
-# 1.5 * 2**23: a float this large has no fraction bits, so adding it rounds to the nearest integer, halves to even,
-# and leaves that integer in the low bits. 128 more is the zero point of the quantized rows.
+# 1.5 * 2**23: a float this large has no fraction bits, so adding it rounds to the nearest integer, halves to
+# even, and leaves that integer in the low bits. 128 more is the zero point of the quantized rows.
 _ROUND = 12582912.0
 _ZERO_POINT = 128.0
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def store_bytes(typing_context: Any, address: Any, offset: Any, vector: Any) -> Any:
     """Rounds 16 numbers from -128 to 127, adds 128 and stores them as uint8."""
 
@@ -158,7 +159,7 @@ def store_bytes(typing_context: Any, address: Any, offset: Any, vector: Any) -> 
     return types.void(types.int64, types.int64, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@native
 def hadamard_lanes(typing_context: Any, vector: Any) -> Any:
     """The Hadamard transform of 16 lanes, not normalized: four rounds of sums and differences of pairs."""
 
