@@ -4,8 +4,8 @@ A row of logits becomes a token in this order, which is vLLM's: forbid stop toke
 ``logit_bias``, repetition penalty, frequency and presence penalties; then either the most likely token, or
 temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the logits as they came.
 
-The random number of a token is a hash of (seed, position), so a sequence gets the same tokens in any batch, on any
-number of threads, and again after a preemption.
+The random number of a token is a hash of (seed, position), so a sequence gets the same tokens in any batch,
+on any number of threads, and again after a preemption.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _MASK = (1 << 64) - 1
 
 
 def _mix(x: int) -> int:
-    """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): every input bit flips each output bit half the time."""
+    """The finalizer of SplitMix64 (Steele, Lea and Flood, OOPSLA 2014): a bijection that mixes all bits."""
     x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & _MASK
     x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & _MASK
     return x ^ (x >> 31)
@@ -46,8 +46,8 @@ class SamplingRow:
     """What the sampler needs to know about the sequence of one row of logits.
 
     Attributes:
-        token_ids: int32, prompt and generated tokens so far. The token to sample has the position ``len(token_ids)``.
-        num_prompt_tokens: how many of ``token_ids`` are the prompt.
+        token_ids: int32, prompt and generated tokens so far. The token to sample has the position
+        ``len(token_ids)``. num_prompt_tokens: how many of ``token_ids`` are the prompt.
     """
 
     request_id: str
@@ -72,7 +72,6 @@ class Sampler:
         self._block_sums: Float64Array = np.empty(padded // BLOCK, np.float64)
         self._few_weights: Float32Array = np.empty(padded, np.float32)
         self._few_ids: Int32Array = np.empty(padded, np.int32)
-        self._scratch: Int32Array = np.empty(1, np.int32)
         self._counts: Int32Array = np.zeros(vocab_size, np.int32)
         self._is_seen: Int32Array = np.zeros(vocab_size, np.int32)
 
@@ -109,7 +108,7 @@ class Sampler:
                 tokens[i] = draw(
                     logits, i, maxima[i], 1.0 / params.temperature, params.top_k, params.top_p, params.min_p,
                     uniform(params.seed, len(row.token_ids)),
-                    self._weights, self._block_sums, self._few_weights, self._few_ids, self._scratch,
+                    self._weights, self._block_sums, self._few_weights, self._few_ids,
                 )  # fmt: skip
         sampled = []
         for i, row in enumerate(rows):
@@ -131,7 +130,8 @@ class Sampler:
             top_n: number of most likely tokens reported with each; 0 for none.
 
         Returns:
-            One record a row. Where the logits hold NaN, +inf or nothing finite, the logprob is -inf and ``top`` empty.
+            One record a row. Where the logits hold NaN, +inf or nothing finite, the logprob is -inf and
+            ``top`` empty.
         """
         targets = np.asarray(target_ids, np.int64).tolist()
         self._check(logits, len(targets))
@@ -182,7 +182,7 @@ class Sampler:
         top_logprobs = np.empty(top_n, np.float64)
         logprob, rank = report(
             logits, i, largest, token_id, top_n,
-            self._weights, self._block_sums, self._few_weights, self._few_ids, self._scratch,
+            self._weights, self._block_sums, self._few_weights, self._few_ids,
             top_ids, top_logprobs,
         )  # fmt: skip
         top = tuple(zip(top_ids.tolist(), top_logprobs.tolist(), strict=True))

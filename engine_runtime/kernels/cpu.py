@@ -93,10 +93,10 @@ def allocate_kv_cache(
 
 
 class StepLayout:
-    """Which tokens a step computes, and where their sequences keep keys and values. The same for all layers.
+    """Which tokens a step computes, and where their sequences keep keys and values; the same in all layers.
 
-    Sequence s computes the rows query_start[s] .. query_start[s + 1] - 1 of the step. They are the last tokens of
-    context_len[s], so row r stands at position context_len[s] - query_start[s + 1] + r.
+    Sequence s computes the rows query_start[s] .. query_start[s + 1] - 1 of the step. They are the last
+    tokens of context_len[s], so row r stands at position context_len[s] - query_start[s + 1] + r.
 
     Args:
         query_start: int32 [num_sequences + 1], from 0 to the number of tokens, strictly rising.
@@ -121,6 +121,7 @@ class StepLayout:
         if (self.query_len < 1).any() or (self.query_len > self.context_len).any():
             raise ValueError("a sequence must compute between one token and its whole context")
         self.num_tokens = int(self.query_start[-1])
+        self.max_context_len = int(self.context_len.max(initial=0))
         self._tiles: dict[int, Int32Array] = {}
 
     def check_blocks(self, num_blocks: int, block_size: int) -> None:
@@ -133,7 +134,7 @@ class StepLayout:
             raise ValueError(f"a block table names a block outside 0..{num_blocks - 1}")
 
     def tiles(self, group: int) -> Int32Array:
-        """int32 [num_tiles, 3]: (sequence, first token, last token + 1), for ``group`` query heads a KV head."""
+        """int32 [num_tiles, 3]: (sequence, first token, last token + 1), for ``group`` heads a KV head."""
         tiles = self._tiles.get(group)
         if tiles is None:
             step = max(1, ROWS_PER_TILE // group)
@@ -153,21 +154,15 @@ class PagedAttention:
     """Runs attention layer by layer. Holds scratch memory: use one object a thread."""
 
     def __init__(self) -> None:
-        self._rows = 0
-        self._scratch: tuple[Float32Array, ...] = ()
+        self._scratch: dict[tuple[int, int], tuple[Float32Array, ...]] = {}
 
-    def _scratch_for(self, rows: int, head_dim: int) -> tuple[Float32Array, ...]:
-        if not self._scratch or rows * padded_head_dim(head_dim) > self._rows:
-            size = rows * padded_head_dim(head_dim)
-            self._rows = size
-            self._scratch = (
-                np.empty(size, np.float32),
-                np.empty(rows * SCORES_STRIDE, np.float32),
-                np.empty(size, np.float32),
-                np.empty(rows, np.float32),
-                np.empty(rows, np.float32),
-            )
-        return self._scratch
+    def _scratch_for(self, rows: int, value_dim: int) -> tuple[Float32Array, ...]:
+        """The rotated queries, scores, outputs, maxima and sums of one tile."""
+        key = rows, value_dim
+        if key not in self._scratch:
+            sizes = (rows * value_dim, rows * SCORES_STRIDE, rows * value_dim, rows, rows)
+            self._scratch[key] = tuple(np.empty(size, np.float32) for size in sizes)
+        return self._scratch[key]
 
     def __call__(
         self,
@@ -185,17 +180,27 @@ class PagedAttention:
         """Rotates q and k, stores k and v in the cache, and attends, for one layer.
 
         Args:
-            qkv: float32 [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous: q, k and v after
-                bias and norm, before the rotary embedding.
-            cos, sin: float32 [max_len, head_dim / 2], the halves convention of GPT-NeoX and Llama checkpoints.
+            qkv: float32 [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim], contiguous: q, k and v
+                after bias and norm, before the rotary embedding.
+            cos, sin: float32 [max_len, head_dim / 2], the halves convention of GPT-NeoX and Llama.
             out: float32 [num_tokens, num_heads * head_dim], contiguous; overwritten.
             scale: multiplies q . k.
             sliding_window: a token sees itself and the ``sliding_window - 1`` tokens before it.
             softcap: scores become ``softcap * tanh(scores / softcap)``.
+
+        Raises:
+            ValueError: arrays of other shapes, dtypes or strides; a context longer than ``cos`` and ``sin``.
+                Block ids are not checked here: ``StepLayout.check_blocks``.
         """
         head_dim = kv.head_dim
         num_kv_heads = kv.num_kv_heads
         num_heads = qkv.shape[1] // head_dim - 2 * num_kv_heads
+        _check("qkv", qkv, (layout.num_tokens, (num_heads + 2 * num_kv_heads) * head_dim))
+        _check("out", out, (layout.num_tokens, num_heads * head_dim))
+        _check("cos", cos, (len(cos), head_dim // 2))
+        _check("sin", sin, cos.shape)
+        if layout.max_context_len > len(cos):
+            raise ValueError(f"cos and sin have {len(cos)} positions, {layout.max_context_len} are needed")
         value_dim = padded_head_dim(head_dim)
         group = num_heads // num_kv_heads
         tiles = layout.tiles(group)
@@ -207,8 +212,15 @@ class PagedAttention:
             qkv, kv.data, layout.query_start, layout.context_len, layout.block_tables, cos, sin,
             num_heads, num_kv_heads, head_dim, value_dim, kv.block_size,
             scale, sliding_window or NO_WINDOW, softcap or 0.0, tiles, 0, len(tiles) * num_kv_heads,
-            *self._scratch_for(max(ROWS_PER_TILE, group), head_dim), out,
+            *self._scratch_for(max(ROWS_PER_TILE, group), value_dim), out,
         )  # fmt: skip
+
+
+def _check(name: str, array: Float32Array, shape: tuple[int, ...]) -> None:
+    if array.shape != shape or array.dtype != np.float32 or not array.flags.c_contiguous:
+        raise ValueError(
+            f"{name} must be contiguous float32 {list(shape)}, not {array.dtype} {list(array.shape)}"
+        )
 
 
 def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:

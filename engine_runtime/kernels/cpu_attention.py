@@ -4,13 +4,14 @@ A block of the cache holds, for each KV head, the keys transposed and then the v
 
     cache[block, kv_head] = K^T [head_dim, block_size] | V [block_size, value_dim]
 
-so that both products of attention read whole vectors, and 8 KB in a row for 16 tokens of head_dim 64. ``value_dim``
-is head_dim rounded up to whole vectors; the padding is written as zeros.
+so that both products of attention read whole vectors, and 8 KB in a row for 16 tokens of head_dim 64.
+``value_dim`` is head_dim rounded up to whole vectors; the padding is written as zeros.
 
-The query heads that share a KV head are rows of one matrix, so K and V are read once for all of them, and a prefill
-chunk is cut into tiles of about 24 rows. Each tile runs over its keys in chunks that end at multiples of 512 with the
-online softmax (arXiv:1805.02867), in units of log2. A row's result is a function of its own q, K and V alone: chunks
-and lanes depend on the absolute position of a key, and masked keys only add exact zeros.
+The query heads that share a KV head are rows of one matrix, so K and V are read once for all of them, and a
+prefill chunk is cut into tiles of about 24 rows. Each tile runs over its keys in chunks that end at
+multiples of 512 with the online softmax (arXiv:1805.02867), in units of log2. A row's result is a function
+of its own q, K and V alone: chunks and lanes depend on the absolute position of a key, and masked keys only
+add exact zeros.
 """
 
 from __future__ import annotations
@@ -21,16 +22,21 @@ from engine_runtime.kernels.cpu_compile import kernel
 from engine_runtime.kernels.cpu_simd import (
     LANES,
     add,
+    address,
     at_most,
     divide,
     exp2,
     keep_between,
     load,
+    load_scalar,
     max_lanes,
     maximum,
     multiply,
     splat,
+    stack_memory,
     store,
+    store_scalar,
+    store_transposed,
     subtract,
     sum_lanes,
 )
@@ -65,30 +71,78 @@ def write_kv(
     """Rotates the keys of the step and stores keys and values in their slots."""
     half = head_dim // 2
     head_stride = block_size * (head_dim + value_dim)
+    rotated = stack_memory()
+    qkv_width = qkv.shape[1]
+    qkv_at = address(qkv)
+    cos_at = address(cos)
+    sin_at = address(sin)
     for sequence in range(first_sequence, last_sequence):
-        first = query_start[sequence]
-        count = query_start[sequence + 1] - first
-        start = context_len[sequence] - count
-        for i in range(count):
+        first = int(query_start[sequence])
+        count = int(query_start[sequence + 1]) - first
+        start = int(context_len[sequence]) - count
+        i = 0
+        while i < count:
             position = start + i
-            block = np.int64(block_tables[sequence, position // block_size])
+            block = int(block_tables[sequence, position // block_size])
             slot = position % block_size
+            # Keys are transposed 16 at a time in registers where all 16 are new, else one by one.
+            tokens = LANES if slot % LANES == 0 and count - i >= LANES else 1
             for head in range(num_kv_heads):
                 keys = (block * num_kv_heads + head) * head_stride + slot
                 column = (num_heads + head) * head_dim
-                for c in range(half):
-                    x = qkv[first + i, column + c]
-                    y = qkv[first + i, column + half + c]
-                    cache[keys + c * block_size] = x * cos[position, c] - y * sin[position, c]
-                    cache[keys + (half + c) * block_size] = y * cos[position, c] + x * sin[position, c]
-                values = (
-                    (block * num_kv_heads + head) * head_stride + head_dim * block_size + slot * value_dim
-                )
+                for j in range(tokens):
+                    _rotate(
+                        qkv_at, (first + i + j) * qkv_width + column, ONE,
+                        cos_at, sin_at, (position + j) * half, half, rotated, j * head_dim,
+                    )  # fmt: skip
+                whole = head_dim // LANES * LANES if tokens == LANES else 0
+                for c in range(0, whole, LANES):
+                    store_transposed(rotated, c, head_dim, cache, keys + c * block_size, block_size)
+                for c in range(whole, head_dim):
+                    for j in range(tokens):
+                        cache[keys + c * block_size + j] = load_scalar(rotated, j * head_dim + c)
+                values = keys - slot + head_dim * block_size + slot * value_dim
                 column = (num_heads + num_kv_heads + head) * head_dim
-                for c in range(head_dim):
-                    cache[values + c] = qkv[first + i, column + c]
-                for c in range(head_dim, value_dim):
-                    cache[values + c] = ZERO
+                for j in range(tokens):
+                    for c in range(head_dim):
+                        cache[values + j * value_dim + c] = qkv[first + i + j, column + c]
+                    for c in range(head_dim, value_dim):
+                        cache[values + j * value_dim + c] = ZERO
+            i += tokens
+
+
+@kernel
+def _rotate(
+    source: int,
+    source_offset: int,
+    factor: float,
+    cos: int,
+    sin: int,
+    angle: int,
+    half: int,
+    target: int,
+    target_offset: int,
+) -> None:
+    """target = rotary embedding (arXiv:2104.09864) of one head of one token, times ``factor``.
+
+    Memory is given by addresses; ``angle`` is where in ``cos`` and ``sin`` the row of the position begins.
+    """
+    scale = splat(factor)
+    whole = half // LANES * LANES
+    for c in range(0, whole, LANES):
+        x = multiply(load(source, source_offset + c), scale)
+        y = multiply(load(source, source_offset + half + c), scale)
+        cosine = load(cos, angle + c)
+        sine = load(sin, angle + c)
+        store(target, target_offset + c, subtract(multiply(x, cosine), multiply(y, sine)))
+        store(target, target_offset + half + c, add(multiply(y, cosine), multiply(x, sine)))
+    for c in range(whole, half):
+        u = load_scalar(source, source_offset + c) * factor
+        v = load_scalar(source, source_offset + half + c) * factor
+        cosine_c = load_scalar(cos, angle + c)
+        sine_c = load_scalar(sin, angle + c)
+        store_scalar(target, target_offset + c, u * cosine_c - v * sine_c)
+        store_scalar(target, target_offset + half + c, v * cosine_c + u * sine_c)
 
 
 @kernel
@@ -118,11 +172,19 @@ def attend(
     sums: Float32Array,
     out: Float32Array,
 ) -> None:
-    """Attention of units ``first_unit`` to ``last_unit - 1``; unit u is KV head u % num_kv_heads of tile u // num_kv_heads.
-
-    A tile is a row (sequence, first token, last token + 1) of ``tiles``, in tokens of the sequence's share of the step.
+    """Attention of units ``first_unit`` to ``last_unit - 1``: unit u is KV head u % num_kv_heads of tile
+    u // num_kv_heads, and a tile a row (sequence, first token, last token + 1) of ``tiles``, where the tokens
+    are counted from the first that the sequence computes in this step.
     """
+    qkv_width = qkv.shape[1]
+    qkv_at = address(qkv)
+    cos_at = address(cos)
+    sin_at = address(sin)
+    q_at = address(q)
+    scores_at = address(scores)
+    outputs_at = address(outputs)
     half = head_dim // 2
+    whole = head_dim // LANES * LANES
     group = num_heads // num_kv_heads
     head_stride = block_size * (head_dim + value_dim)
     block_stride = num_kv_heads * head_stride
@@ -131,12 +193,12 @@ def attend(
     for unit in range(first_unit, last_unit):
         tile = unit // num_kv_heads
         head = unit % num_kv_heads
-        sequence = np.int64(tiles[tile, 0])
-        first = np.int64(tiles[tile, 1])
-        tokens = np.int64(tiles[tile, 2]) - first
-        first_row = query_start[sequence] + first
+        sequence = int(tiles[tile, 0])
+        first = int(tiles[tile, 1])
+        tokens = int(tiles[tile, 2]) - first
+        first_row = int(query_start[sequence]) + first
         computed = context_len[sequence] - (query_start[sequence + 1] - query_start[sequence])
-        position = computed + first
+        position = int(computed + first)
         rows = tokens * group
         table = sequence * max_blocks
         head_offset = head * head_stride
@@ -145,12 +207,10 @@ def attend(
         for i in range(tokens):
             for j in range(group):
                 column = (head * group + j) * head_dim
-                row = (i * group + j) * head_dim
-                for c in range(half):
-                    x = qkv[first_row + i, column + c] * factor
-                    y = qkv[first_row + i, column + half + c] * factor
-                    q[row + c] = x * cos[position + i, c] - y * sin[position + i, c]
-                    q[row + half + c] = y * cos[position + i, c] + x * sin[position + i, c]
+                _rotate(
+                    qkv_at, (first_row + i) * qkv_width + column, factor,
+                    cos_at, sin_at, (position + i) * half, half, q_at, (i * group + j) * head_dim,
+                )  # fmt: skip
         for i in range(rows * value_dim):
             outputs[i] = ZERO
         for row in range(rows):
@@ -169,39 +229,13 @@ def attend(
                 while vectors > num_groups - key_group:
                     vectors //= 2
                 k = start + key_group * LANES
-                groups = (
-                    _key_offset(block_tables, sequence, k, block_size, block_stride, head_offset),
-                    _key_offset(
-                        block_tables,
-                        sequence,
-                        min(k + LANES, chunk_stop - 1),
-                        block_size,
-                        block_stride,
-                        head_offset,
-                    ),
-                    _key_offset(
-                        block_tables,
-                        sequence,
-                        min(k + 2 * LANES, chunk_stop - 1),
-                        block_size,
-                        block_stride,
-                        head_offset,
-                    ),
-                    _key_offset(
-                        block_tables,
-                        sequence,
-                        min(k + 3 * LANES, chunk_stop - 1),
-                        block_size,
-                        block_stride,
-                        head_offset,
-                    ),
-                )
                 for row in range(0, rows, MAX_ROWS):
                     row_count = min(MAX_ROWS, rows - row)
                     if k <= position + (row + row_count - 1) // group:
                         scores_tile(
-                            row_count, vectors, q, row * head_dim, head_dim, cache, groups, block_size, head_dim,
-                            scores, row * SCORES_STRIDE + key_group * LANES, SCORES_STRIDE,
+                            row_count, vectors, q_at, row * head_dim, head_dim, head_dim,
+                            cache, head_offset, block_stride, block_size, block_tables, table, k,
+                            scores_at, row * SCORES_STRIDE + key_group * LANES, SCORES_STRIDE,
                         )  # fmt: skip
                 key_group += vectors
 
@@ -209,9 +243,9 @@ def attend(
                 last = position + row // group
                 low = max(last - sliding_window + 1, start) - start
                 high = min(last + 1, chunk_stop) - start
-                _softmax_chunk(
-                    scores, row * SCORES_STRIDE, low, high, num_groups, softcap, maxima, sums, row,
-                    outputs, row * value_dim, value_dim,
+                maxima[row], sums[row] = _softmax_chunk(
+                    scores_at, row * SCORES_STRIDE, low, high, num_groups, softcap, maxima[row], sums[row],
+                    outputs_at, row * value_dim, value_dim,
                 )  # fmt: skip
 
             for row in range(0, rows, MAX_ROWS):
@@ -223,10 +257,10 @@ def attend(
                     while vectors * LANES > value_dim - column:
                         vectors //= 2
                     values_tile(
-                        row_count, vectors, scores, row * SCORES_STRIDE, SCORES_STRIDE, num_keys,
+                        row_count, vectors, scores_at, row * SCORES_STRIDE, SCORES_STRIDE, num_keys,
                         cache, value_offset + column, value_dim, block_stride, block_size,
                         block_tables, table + start // block_size,
-                        outputs, row * value_dim + column, value_dim,
+                        outputs_at, row * value_dim + column, value_dim,
                     )  # fmt: skip
                     column += vectors * LANES
             start = chunk_stop
@@ -236,40 +270,37 @@ def attend(
                 row = i * group + j
                 inverse = ONE / sums[row]
                 column = (head * group + j) * head_dim
-                for c in range(head_dim):
+                scale_vector = splat(inverse)
+                for c in range(0, whole, LANES):
+                    scaled = multiply(load(outputs, row * value_dim + c), scale_vector)
+                    store(out, (first_row + i) * out.shape[1] + column + c, scaled)
+                for c in range(whole, head_dim):
                     out[first_row + i, column + c] = outputs[row * value_dim + c] * inverse
 
 
 @kernel
-def _key_offset(
-    block_tables: Int32Array, sequence: int, key: int, block_size: int, block_stride: int, head_offset: int
-) -> int:
-    """Where in the cache the keys of the 16 tokens from ``key`` on begin."""
-    block = np.int64(block_tables[sequence, key // block_size])
-    return block * block_stride + head_offset + key % block_size // LANES * LANES
-
-
-@kernel
 def _softmax_chunk(
-    scores: Float32Array,
+    scores: int,
     offset: int,
     low: int,
     high: int,
     num_groups: int,
     softcap: float,
-    maxima: Float32Array,
-    sums: Float32Array,
-    row: int,
-    outputs: Float32Array,
+    old_maximum: float,
+    old_sum: float,
+    outputs: int,
     output_offset: int,
     value_dim: int,
-) -> None:
-    """Turns the scores of one row into weights relative to the row's running maximum; keys outside [low, high) weigh 0."""
+) -> tuple[float, float]:
+    """Turns the scores of a row into weights relative to the row's maximum so far; rescales its output.
+
+    Keys outside [low, high) get the weight 0. Memory is given by addresses. Returns maximum and sum so far.
+    """
     zero = splat(ZERO)
     if low >= high:
         for i in range(num_groups):
             store(scores, offset + i * LANES, zero)
-        return
+        return old_maximum, old_sum
     first_group = low // LANES
     stop_group = (high + LANES - 1) // LANES
     for i in range(first_group):
@@ -287,7 +318,7 @@ def _softmax_chunk(
             e = exp2(at_most(y, np.float32(60.0)))
             store(scores, offset + i * LANES, multiply(outer, divide(subtract(e, one), add(e, one))))
 
-    largest = splat(maxima[row])
+    largest = splat(old_maximum)
     for i in range(first_group, stop_group):
         s = keep_between(
             load(scores, offset + i * LANES), low - i * LANES, high - i * LANES, NEGATIVE_INFINITY
@@ -302,9 +333,8 @@ def _softmax_chunk(
         store(scores, offset + i * LANES, p)
         total = add(total, p)
     # Before the first chunk the maximum is -inf and the scale 0; sum and output are 0 as well.
-    scale = exp2(subtract(splat(maxima[row]), shift))
-    sums[row] = sums[row] * max_lanes(scale) + sum_lanes(total)
-    if maxima[row] != new_maximum:
+    scale = exp2(subtract(splat(old_maximum), shift))
+    if old_maximum != new_maximum:
         for c in range(0, value_dim, LANES):
             store(outputs, output_offset + c, multiply(load(outputs, output_offset + c), scale))
-    maxima[row] = new_maximum
+    return new_maximum, old_sum * max_lanes(scale) + sum_lanes(total)

@@ -1,11 +1,11 @@
 """Choosing tokens from logits on a CPU: the compiled part.
 
-Nothing is sorted. The weights of a row, ``exp((logit - max) / temperature)``, are kept in index order, and each of
-min_p, top_k and top_p becomes a threshold: the largest weight t such that the tokens of weight >= t satisfy the rule.
-Positive floats order like their bits, so a bisection over the bits finds t exactly, in at most 31 passes that LLVM
-vectors run at the speed of the second-level cache; as soon as few tokens are left, only those are looked at. Of tokens that
-weigh exactly t as many are kept as the rule needs, lowest ids first. The token is then the inverse of the
-cumulative sum, in index order, at a uniform random number.
+Nothing is sorted. The weights of a row, ``exp((logit - max) / temperature)``, are kept in index order, and
+each of min_p, top_k and top_p becomes a threshold: the largest weight t such that the tokens of weight >= t
+satisfy the rule. Positive floats order like their bits, so a bisection over the bits finds t exactly, in at
+most 31 passes at the speed of the second-level cache; as soon as few tokens lie between the bounds, only
+those are looked at. Of tokens that weigh exactly t as many are kept as the rule needs, lowest ids first. The
+token is then the inverse of the cumulative sum, in index order, at a uniform random number.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from engine_runtime.kernels.cpu_compile import kernel
 from engine_runtime.kernels.cpu_simd import (
     LANES,
     add,
+    bits_of,
     count_at_least,
     count_not_below,
     exp2,
+    float_of,
     keep_at_least,
     load,
     max_lanes,
@@ -103,9 +105,9 @@ def weigh(
     weights: Float32Array,
     block_sums: Float64Array,
 ) -> float:
-    """weights[i] = exp((logits[row, i] - largest) * inverse_temperature), zero past the vocabulary; returns their sum.
+    """weights[i] = exp((logits[row, i] - largest) * inverse_temperature), zero past the vocabulary.
 
-    ``block_sums`` receives the sum of each 256 weights; ``weights`` is padded to whole blocks.
+    Returns their sum. ``block_sums`` receives the sum of each 256; ``weights`` is padded to whole blocks.
     """
     vocab_size = logits.shape[1]
     whole = vocab_size // LANES * LANES
@@ -122,7 +124,8 @@ def weigh(
         store(weights, whole, exp2(multiply(subtract(load(weights, whole), shift), factor)))
     for i in range((vocab_size + LANES - 1) // LANES * LANES, len(weights)):
         weights[i] = ZERO
-    return _sum_blocks(weights, block_sums)
+    total: float = _sum_blocks(weights, block_sums)
+    return total
 
 
 @kernel
@@ -139,7 +142,7 @@ def _sum_blocks(weights: Float32Array, block_sums: Float64Array) -> float:
 
 @kernel
 def _sum_at_least(weights: Float32Array, count: int, threshold: float) -> tuple[int, float]:
-    """How many of the first ``count`` weights are >= threshold, and their sum. ``count`` is a multiple of 16."""
+    """How many of the first ``count`` weights are >= threshold, and their sum; a multiple of 16."""
     number = 0
     total = 0.0
     i = 0
@@ -174,22 +177,10 @@ def _gather_between(
             for j in range(i, min(i + LANES, count)):
                 few_weights[number] = weights[j]  # without a branch: which weights qualify is unpredictable
                 few_ids[number] = j
-                number += np.int64(low <= weights[j]) & np.int64(weights[j] < high)
+                number += int(low <= weights[j]) & int(weights[j] < high)
     for i in range(number, (number + LANES - 1) // LANES * LANES):
         few_weights[i] = ZERO
     return number
-
-
-@kernel
-def _float_of_bits(bits: int, scratch: Int32Array) -> float:
-    scratch[0] = bits
-    return scratch.view(np.float32)[0]
-
-
-@kernel
-def _bits_of_float(value: float, scratch: Int32Array) -> int:
-    scratch.view(np.float32)[0] = value
-    return np.int64(scratch[0])
 
 
 @kernel
@@ -201,14 +192,13 @@ def _find_threshold(
     min_sum: float,
     few_weights: Float32Array,
     few_ids: Int32Array,
-    scratch: Int32Array,
 ) -> tuple[float, int, float]:
-    """The largest t >= lowest such that the weights >= t are at least ``min_count`` and sum to at least ``min_sum``.
+    """The largest t >= lowest such that at least ``min_count`` weights are >= t, with a sum of ``min_sum``.
 
     ``lowest`` is taken to satisfy that. Also returns how many weights are > t, and their sum. Overwrites
     few_weights and few_ids.
     """
-    low = _bits_of_float(lowest, scratch)  # satisfies the condition
+    low = bits_of(lowest)  # satisfies the condition
     high = ONE_BITS + 1  # does not
     number_above = 0  # weights of at least ``high``, and their sum
     sum_above = 0.0
@@ -225,15 +215,15 @@ def _find_threshold(
             number = _gather_between(
                 weights,
                 count,
-                _float_of_bits(low, scratch),
-                _float_of_bits(high, scratch),
+                float_of(low),
+                float_of(high),
                 few_weights,
                 few_ids,
             )
             values = few_weights
             length = (number + LANES - 1) // LANES * LANES
         middle = (low + high) // 2
-        number, total = _sum_at_least(values, length, _float_of_bits(middle, scratch))
+        number, total = _sum_at_least(values, length, float_of(middle))
         number += number_gathered_above
         total += sum_gathered_above
         if number >= min_count and total >= min_sum:
@@ -244,7 +234,7 @@ def _find_threshold(
             number_above = number
             sum_above = total
         candidates = number_low - number_above
-    return _float_of_bits(low, scratch), number_above, sum_above
+    return float_of(low), number_above, sum_above
 
 
 @kernel
@@ -261,7 +251,6 @@ def draw(
     block_sums: Float64Array,
     few_weights: Float32Array,
     few_ids: Int32Array,
-    scratch: Int32Array,
 ) -> int:
     """A token of the row: softmax at a temperature, cut by min_p, then top_k, then top_p of what top_k left.
 
@@ -275,21 +264,22 @@ def draw(
         ties = number
         if 0 < top_k < number:
             threshold, above, total = _find_threshold(
-                weights, vocab_size, threshold, top_k, 0.0, few_weights, few_ids, scratch
+                weights, vocab_size, threshold, top_k, 0.0, few_weights, few_ids
             )
             ties = top_k - above
             total += ties * np.float64(threshold)
         if top_p < 1.0:
             needed = top_p * total
             new_threshold, above, total = _find_threshold(
-                weights, vocab_size, threshold, 1, needed, few_weights, few_ids, scratch
+                weights, vocab_size, threshold, 1, needed, few_weights, few_ids
             )
             needed_ties = max(1 - above, np.int64(np.ceil((needed - total) / np.float64(new_threshold))))
             ties = needed_ties if new_threshold > threshold else min(ties, needed_ties)
             threshold = new_threshold
         _drop_below(weights, threshold, ties)
         total = _sum_blocks(weights, block_sums)
-    return _walk(weights, block_sums, uniform * total)
+    token: int = _walk(weights, block_sums, uniform * total)
+    return token
 
 
 @kernel
@@ -311,7 +301,7 @@ def _drop_below(weights: Float32Array, threshold: float, ties: int) -> None:
 
 @kernel
 def _walk(weights: Float32Array, block_sums: Float64Array, target: float) -> int:
-    """The first index at which the cumulative sum exceeds ``target``; rounding never leads to a weight of 0."""
+    """The first index at which the cumulative sum exceeds ``target``; never one of weight 0."""
     block = 0
     for i in range(len(block_sums)):
         if block_sums[i] > 0.0:
@@ -340,11 +330,10 @@ def report(
     block_sums: Float64Array,
     few_weights: Float32Array,
     few_ids: Int32Array,
-    scratch: Int32Array,
     top_ids: Int32Array,
     top_logprobs: Float64Array,
 ) -> tuple[float, int]:
-    """Log-probability and rank of a token, and the ``top_n`` most likely tokens, best first, lowest ids first."""
+    """Log-probability and rank of a token, and the ``top_n`` most likely, equal ones by token id."""
     vocab_size = logits.shape[1]
     total = weigh(logits, row, largest, np.float32(1.0), weights, block_sums)
     offset = np.float64(largest) + np.log(total)
@@ -354,7 +343,7 @@ def report(
         rank += logits[row, i] > logit
     if top_n > 0:
         threshold, _, _ = _find_threshold(
-            weights, vocab_size, ZERO, top_n, 0.0, few_weights, few_ids, scratch
+            weights, vocab_size, ZERO, top_n, 0.0, few_weights, few_ids
         )
         number = _gather_between(weights, vocab_size, threshold, INFINITY, few_weights, few_ids)
         for n in range(top_n):
@@ -380,7 +369,7 @@ def apply_penalties(
     counts: Int32Array,
     is_seen: Int32Array,
 ) -> None:
-    """Changes the logits of tokens that have occurred. ``counts`` and ``is_seen`` are [vocab_size] zeros, and are again."""
+    """Changes the logits of tokens that occurred; ``counts`` and ``is_seen`` are zero before and after."""
     vocab_size = logits.shape[1]
     for i in range(num_prompt_tokens, len(token_ids)):
         if 0 <= token_ids[i] < vocab_size:

@@ -10,6 +10,7 @@ Arrays are C-contiguous float32 of any rank; offsets count elements of the flat 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from llvmlite import ir
@@ -17,6 +18,7 @@ from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
 
 LANES = 16
+STACK_FLOATS = 4096
 FLOAT = ir.FloatType()
 INT32 = ir.IntType(32)
 INT64 = ir.IntType(64)
@@ -24,7 +26,12 @@ VECTOR = ir.VectorType(FLOAT, LANES)
 INT_VECTOR = ir.VectorType(INT32, LANES)
 
 
-class Float32x16(types.Type):  # type: ignore[misc]
+def operation(generator: Callable[..., Any]) -> Any:
+    """A numba intrinsic: of a function (typing context, argument types) -> (signature, code generator)."""
+    return intrinsic(generator)
+
+
+class Float32x16(types.Type):
     """numba's name for ``<16 x float>``. Such a value lives in registers; it never reaches Python."""
 
     def __init__(self) -> None:
@@ -40,9 +47,11 @@ class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
         super().__init__(manager, numba_type, VECTOR)
 
 
-def array_pointer(context: Any, builder: Any, array_type: Any, array: Any) -> Any:
-    """The address of element 0 of a numba array."""
-    return context.make_array(array_type)(context, builder, value=array).data
+def memory_pointer(context: Any, builder: Any, memory_type: Any, memory: Any) -> Any:
+    """The float* to element 0 of a numba array, or of the memory at an address."""
+    if isinstance(memory_type, types.Array):
+        return context.make_array(memory_type)(context, builder, value=memory).data
+    return builder.inttoptr(memory, FLOAT.as_pointer())
 
 
 def element_pointer(builder: Any, pointer: Any, offset: Any) -> Any:
@@ -75,37 +84,76 @@ def fused_multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
     return builder.call(function, [a, b, c])
 
 
-def check_array(array: Any) -> None:
-    if not (isinstance(array, types.Array) and array.dtype == types.float32 and array.layout == "C"):
-        raise TypeError(f"a C-contiguous float32 array is needed, not {array}")
+def memory_type(memory: Any) -> Any:
+    """The type of an argument that names memory: a contiguous float32 array, or an int64 address."""
+    if isinstance(memory, types.Integer):
+        return types.int64
+    if isinstance(memory, types.Array) and memory.dtype == types.float32 and memory.layout == "C":
+        return memory
+    raise TypeError(f"a C-contiguous float32 array or an address is needed, not {memory}")
 
 
-@intrinsic  # type: ignore[misc]
-def load(typing_context: Any, array: Any, offset: Any) -> Any:
+@operation
+def load(typing_context: Any, memory: Any, offset: Any) -> Any:
     """16 consecutive elements."""
-    check_array(array)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = array_pointer(context, builder, signature.args[0], arguments[0])
+        pointer = memory_pointer(context, builder, signature.args[0], arguments[0])
         return load_vector(builder, element_pointer(builder, pointer, arguments[1]))
 
-    return float32x16(array, types.int64), generate
+    return float32x16(memory_type(memory), types.int64), generate
 
 
-@intrinsic  # type: ignore[misc]
-def store(typing_context: Any, array: Any, offset: Any, vector: Any) -> Any:
+@operation
+def store(typing_context: Any, memory: Any, offset: Any, vector: Any) -> Any:
     """Writes 16 consecutive elements."""
-    check_array(array)
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        pointer = array_pointer(context, builder, signature.args[0], arguments[0])
+        pointer = memory_pointer(context, builder, signature.args[0], arguments[0])
         store_vector(builder, arguments[2], element_pointer(builder, pointer, arguments[1]))
         return context.get_dummy_value()
 
-    return types.void(array, types.int64, float32x16), generate
+    return types.void(memory_type(memory), types.int64, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
+def load_scalar(typing_context: Any, memory: Any, offset: Any) -> Any:
+    """One element."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = memory_pointer(context, builder, signature.args[0], arguments[0])
+        return builder.load(element_pointer(builder, pointer, arguments[1]), align=4)
+
+    return types.float32(memory_type(memory), types.int64), generate
+
+
+@operation
+def store_scalar(typing_context: Any, memory: Any, offset: Any, value: Any) -> Any:
+    """Writes one element."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        pointer = memory_pointer(context, builder, signature.args[0], arguments[0])
+        builder.store(arguments[2], element_pointer(builder, pointer, arguments[1]), align=4)
+        return context.get_dummy_value()
+
+    return types.void(memory_type(memory), types.int64, types.float32), generate
+
+
+@operation
+def address(typing_context: Any, array: Any) -> Any:
+    """Where element 0 of an array is.
+
+    A kernel passes this to another kernel instead of the array: numba counts references to arrays atomically.
+    """
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        data = context.make_array(signature.args[0])(context, builder, value=arguments[0]).data
+        return builder.ptrtoint(data, INT64)
+
+    return types.int64(array), generate
+
+
+@operation
 def splat(typing_context: Any, value: Any) -> Any:
     """All lanes equal to ``value``."""
 
@@ -115,7 +163,7 @@ def splat(typing_context: Any, value: Any) -> Any:
     return float32x16(types.float32), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def add(typing_context: Any, a: Any, b: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fadd(*arguments)
@@ -123,7 +171,7 @@ def add(typing_context: Any, a: Any, b: Any) -> Any:
     return float32x16(float32x16, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def subtract(typing_context: Any, a: Any, b: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fsub(*arguments)
@@ -131,7 +179,7 @@ def subtract(typing_context: Any, a: Any, b: Any) -> Any:
     return float32x16(float32x16, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def multiply(typing_context: Any, a: Any, b: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fmul(*arguments)
@@ -139,7 +187,7 @@ def multiply(typing_context: Any, a: Any, b: Any) -> Any:
     return float32x16(float32x16, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def divide(typing_context: Any, a: Any, b: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.fdiv(*arguments)
@@ -147,7 +195,7 @@ def divide(typing_context: Any, a: Any, b: Any) -> Any:
     return float32x16(float32x16, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def at_most(typing_context: Any, vector: Any, limit: Any) -> Any:
     """Lanes above ``limit`` replaced by it. NaN stays NaN."""
 
@@ -158,7 +206,7 @@ def at_most(typing_context: Any, vector: Any, limit: Any) -> Any:
     return float32x16(float32x16, types.float32), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def maximum(typing_context: Any, a: Any, b: Any) -> Any:
     """``a`` where a > b, else ``b``: one instruction. Where either is NaN this is ``b``."""
 
@@ -169,9 +217,9 @@ def maximum(typing_context: Any, a: Any, b: Any) -> Any:
     return float32x16(float32x16, float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def keep_between(typing_context: Any, vector: Any, first: Any, stop: Any, other: Any) -> Any:
-    """Lanes ``first`` to ``stop - 1`` of ``vector`` and ``other`` elsewhere; the bounds may lie outside 0..16."""
+    """Lanes ``first`` to ``stop - 1``, and ``other`` elsewhere; the bounds may lie outside 0..16."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         value, low, high, fill = arguments
@@ -191,7 +239,7 @@ def keep_between(typing_context: Any, vector: Any, first: Any, stop: Any, other:
     return float32x16(float32x16, types.int64, types.int64, types.float32), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def keep_at_least(typing_context: Any, vector: Any, threshold: Any) -> Any:
     """Lanes that are >= ``threshold``; 0 elsewhere."""
 
@@ -208,7 +256,7 @@ def _count_true(builder: Any, lanes: Any) -> Any:
     return builder.zext(builder.ctpop(bits), INT64)
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def count_at_least(typing_context: Any, vector: Any, threshold: Any) -> Any:
     """The number of lanes that are >= ``threshold``."""
 
@@ -219,7 +267,7 @@ def count_at_least(typing_context: Any, vector: Any, threshold: Any) -> Any:
     return types.int64(float32x16, types.float32), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def count_not_below(typing_context: Any, vector: Any, threshold: Any) -> Any:
     """The number of lanes that are NaN or >= ``threshold``."""
 
@@ -228,6 +276,88 @@ def count_not_below(typing_context: Any, vector: Any, threshold: Any) -> Any:
         return _count_true(builder, inside)
 
     return types.int64(float32x16, types.float32), generate
+
+
+@operation
+def multiply_add(typing_context: Any, a: Any, b: Any, c: Any) -> Any:
+    """a * b + c, rounded once where the processor can."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return fused_multiply_add(builder, *arguments)
+
+    return float32x16(float32x16, float32x16, float32x16), generate
+
+
+@operation
+def store_transposed(
+    typing_context: Any,
+    source: Any,
+    source_offset: Any,
+    source_stride: Any,
+    target: Any,
+    target_offset: Any,
+    target_stride: Any,
+) -> Any:
+    """target[j, i] = source[i, j] for i and j below 16; the strides are those of rows."""
+    integer = types.int64
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        source_base = memory_pointer(context, builder, signature.args[0], arguments[0])
+        target_base = memory_pointer(context, builder, signature.args[3], arguments[3])
+        rows = []
+        for i in range(LANES):
+            offset = builder.add(arguments[1], builder.mul(INT64(i), arguments[2]))
+            rows.append(load_vector(builder, element_pointer(builder, source_base, offset)))
+        # Swapping each of the 4 bits of the row number with that of the column number transposes.
+        for bit in (1, 2, 4, 8):
+            low = [INT32(j if not j & bit else LANES + (j ^ bit)) for j in range(LANES)]
+            high = [INT32(j | bit if not j & bit else LANES + j) for j in range(LANES)]
+            swapped = list(rows)
+            for i in range(LANES):
+                if not i & bit:
+                    pair = rows[i], rows[i | bit]
+                    swapped[i] = builder.shuffle_vector(*pair, ir.Constant(INT_VECTOR, low))
+                    swapped[i | bit] = builder.shuffle_vector(*pair, ir.Constant(INT_VECTOR, high))
+            rows = swapped
+        for i, row in enumerate(rows):
+            offset = builder.add(arguments[4], builder.mul(INT64(i), arguments[5]))
+            store_vector(builder, row, element_pointer(builder, target_base, offset))
+        return context.get_dummy_value()
+
+    return types.void(memory_type(source), integer, integer, memory_type(target), integer, integer), generate
+
+
+@operation
+def stack_memory(typing_context: Any) -> Any:
+    """The address of room for ``STACK_FLOATS`` floats, until the kernel returns."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        with builder.goto_entry_block():
+            memory = builder.alloca(ir.ArrayType(FLOAT, STACK_FLOATS))
+            memory.align = 64
+        return builder.ptrtoint(memory, INT64)
+
+    return types.int64(), generate
+
+
+@operation
+def bits_of(typing_context: Any, value: Any) -> Any:
+    """The bits of a float, as int64. Positive floats order like their bits."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.zext(builder.bitcast(arguments[0], INT32), INT64)
+
+    return types.int64(types.float32), generate
+
+
+@operation
+def float_of(typing_context: Any, bits: Any) -> Any:
+    """The float with the low 32 bits of an integer."""
+
+    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
+        return builder.bitcast(builder.trunc(arguments[0], INT32), FLOAT)
+
+    return types.float32(types.int64), generate
 
 
 def _fold_halves(builder: Any, vector: Any, combine: Any) -> Any:
@@ -243,7 +373,7 @@ def _fold_halves(builder: Any, vector: Any, combine: Any) -> Any:
     return builder.extract_element(vector, INT32(0))
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def sum_lanes(typing_context: Any, vector: Any) -> Any:
     """The sum of the lanes, always added in the same order."""
 
@@ -253,7 +383,7 @@ def sum_lanes(typing_context: Any, vector: Any) -> Any:
     return types.float32(float32x16), generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def max_lanes(typing_context: Any, vector: Any) -> Any:
     """The largest lane; NaN lanes may be lost."""
 
@@ -278,7 +408,7 @@ _EXP2_COEFFICIENTS = (
 _ROUND_TO_INTEGER = 12582912.0  # 1.5 * 2**23: adding it leaves an integer in the low bits of the significand
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def exp2(typing_context: Any, vector: Any) -> Any:
     """2**x with a relative error below 1e-7, for x < 127; 0 below -126; NaN stays NaN."""
 

@@ -3,10 +3,11 @@
     scores = q @ K^T      [rows, d] x [d, keys]     K is stored transposed within a block: d rows of keys
     output += p @ V       [rows, keys] x [keys, d]
 
-Both broadcast one element of the left matrix and multiply it with vectors of the right one, as BLAS kernels do. A
-tile of 6 rows and 4 vectors of 16 floats uses 24 of the 32 registers of AVX-512; processors with 16 registers of 8
-floats get tiles of one vector. An element of a product is always the same chain of multiply-adds over the shared
-dimension, whatever the tile, so the result of a row does not depend on the rows it is computed with.
+Both broadcast one element of the left matrix and multiply it with vectors of the right one, as BLAS kernels
+do. A tile of 6 rows and 4 vectors of 16 floats uses 24 of the 32 registers of AVX-512; processors with 16
+registers of 8 floats get tiles of one vector. An element of a product is always the same chain of
+multiply-adds over the shared dimension, whatever the tile, so the result of a row does not depend on the
+rows it is computed with.
 """
 
 from __future__ import annotations
@@ -17,16 +18,17 @@ import llvmlite.binding as llvm
 import numba
 from llvmlite import ir
 from numba.core import cgutils, types
-from numba.extending import intrinsic
 
 from engine_runtime.kernels.cpu_simd import (
     INT64,
     LANES,
     VECTOR,
-    array_pointer,
     element_pointer,
     fused_multiply_add,
     load_vector,
+    memory_pointer,
+    memory_type,
+    operation,
     splat_vector,
     store_vector,
 )
@@ -75,7 +77,28 @@ def _row_pointers(builder: Any, base: Any, offset: Any, stride: Any, rows: int) 
     return [element_pointer(builder, first, builder.mul(INT64(row), stride)) for row in range(rows)]
 
 
-@intrinsic  # type: ignore[misc]
+def _block_address(
+    builder: Any, cache: Any, table: Any, block_index: Any, block_stride: Any, offset: Any
+) -> Any:
+    """The address of what lies at ``offset`` in a sequence's block number ``block_index``."""
+    block = builder.load(element_pointer(builder, table, block_index), align=4)
+    return element_pointer(
+        builder, cache, builder.add(builder.mul(builder.sext(block, INT64), block_stride), offset)
+    )
+
+
+def _table_pointer(context: Any, builder: Any, table_type: Any, table: Any, offset: Any) -> Any:
+    data = context.make_array(table_type)(context, builder, value=table).data
+    return element_pointer(builder, data, offset)
+
+
+def _check_table(block_table: Any) -> Any:
+    if not (isinstance(block_table, types.Array) and block_table.dtype == types.int32):
+        raise TypeError(f"block tables must be int32, not {block_table}")
+    return block_table
+
+
+@operation
 def scores_tile(
     typing_context: Any,
     rows: Any,
@@ -83,38 +106,47 @@ def scores_tile(
     q: Any,
     q_offset: Any,
     q_stride: Any,
-    cache: Any,
-    keys: Any,
-    key_stride: Any,
     depth: Any,
+    cache: Any,
+    key_offset: Any,
+    block_stride: Any,
+    block_size: Any,
+    block_table: Any,
+    table_offset: Any,
+    first_key: Any,
     scores: Any,
     scores_offset: Any,
     scores_stride: Any,
 ) -> Any:
-    """scores[row, 16 n + lane] = sum over c < depth of q[row, c] * cache[keys[n] + c * key_stride + lane].
+    """scores[row, i] = sum over c < depth of q[row, c] * K^T[c, first_key + i], for i < 16 * vectors.
 
-    ``rows`` is 1..6, ``vectors`` one of ``VECTOR_COUNTS``, ``keys`` a tuple of four offsets of which ``vectors`` count.
+    ``rows`` is 1..6, ``vectors`` one of ``VECTOR_COUNTS``, ``first_key`` a multiple of 16. Key i of a
+    sequence is in ``block_table[table_offset + i // block_size]``, where K^T [depth, block_size] begins at
+    ``key_offset``.
     """
     integer = types.int64
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        row_count, vector_count, _, q_first, q_step, _, groups, key_step, k_count, _, s_first, s_step = (
-            arguments
-        )
-        q_base = array_pointer(context, builder, signature.args[2], arguments[2])
-        cache_base = array_pointer(context, builder, signature.args[5], arguments[5])
-        s_base = array_pointer(context, builder, signature.args[9], arguments[9])
+        row_count, vector_count, _, q_first, q_step, k_count, _, k_first, b_step, b_size = arguments[:10]
+        table_first, key, _, s_first, s_step = arguments[11:]
+        q_base = memory_pointer(context, builder, signature.args[2], arguments[2])
+        cache_base = memory_pointer(context, builder, signature.args[6], arguments[6])
+        table = _table_pointer(context, builder, signature.args[10], arguments[10], table_first)
+        s_base = memory_pointer(context, builder, signature.args[13], arguments[13])
 
         def emit(rows: int, vectors: int) -> None:
             sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(rows)]
             for total in (total for row in sums for total in row):
                 builder.store(ir.Constant(VECTOR, None), total)
             left = _row_pointers(builder, q_base, q_first, q_step, rows)
-            starts = [
-                element_pointer(builder, cache_base, builder.extract_value(groups, n)) for n in range(vectors)
-            ]
+            starts = []
+            for n in range(vectors):
+                vector_key = builder.add(key, INT64(LANES * n))
+                offset = builder.add(k_first, builder.urem(vector_key, b_size))
+                block_index = builder.udiv(vector_key, b_size)
+                starts.append(_block_address(builder, cache_base, table, block_index, b_step, offset))
             with cgutils.for_range(builder, k_count) as loop:
-                row_of_keys = builder.mul(loop.index, key_step)
+                row_of_keys = builder.mul(loop.index, b_size)
                 right = [element_pointer(builder, start, row_of_keys) for start in starts]
                 _multiply_add_step(builder, sums, left, right, loop.index)
             for row, target in zip(sums, _row_pointers(builder, s_base, s_first, s_step, rows), strict=True):
@@ -127,13 +159,13 @@ def scores_tile(
         return context.get_dummy_value()
 
     signature = types.void(
-        integer, integer, q, integer, integer, cache, types.UniTuple(integer, 4), integer, integer, scores,
-        integer, integer,
+        integer, integer, memory_type(q), integer, integer, integer, memory_type(cache), integer, integer,
+        integer, _check_table(block_table), integer, integer, memory_type(scores), integer, integer,
     )  # fmt: skip
     return signature, generate
 
 
-@intrinsic  # type: ignore[misc]
+@operation
 def values_tile(
     typing_context: Any,
     rows: Any,
@@ -155,8 +187,8 @@ def values_tile(
 ) -> Any:
     """output[row, 16 n + lane] += sum over i < num_keys of p[row, i] * V[i, 16 n + lane], in order of i.
 
-    V[i] is at ``block_table[table_offset + i // block_size] * block_stride + value_offset + (i % block_size) *
-    value_stride``; the block table is int32, in elements of its flat array.
+    V[i] is at ``block_table[table_offset + i // block_size] * block_stride + value_offset + (i % block_size)
+    * value_stride``; the block table is int32, in elements of its flat array.
     """
     integer = types.int64
 
@@ -165,11 +197,10 @@ def values_tile(
             arguments[:11]
         )
         o_first, o_step = arguments[14:]
-        p_base = array_pointer(context, builder, signature.args[2], arguments[2])
-        cache_base = array_pointer(context, builder, signature.args[6], arguments[6])
-        table = array_pointer(context, builder, signature.args[11], arguments[11])
-        table = element_pointer(builder, table, arguments[12])
-        o_base = array_pointer(context, builder, signature.args[13], arguments[13])
+        p_base = memory_pointer(context, builder, signature.args[2], arguments[2])
+        cache_base = memory_pointer(context, builder, signature.args[6], arguments[6])
+        table = _table_pointer(context, builder, signature.args[11], arguments[11], arguments[12])
+        o_base = memory_pointer(context, builder, signature.args[13], arguments[13])
         last = builder.sub(builder.add(key_count, b_size), INT64(1))
         num_blocks = builder.sdiv(last, b_size)
 
@@ -187,9 +218,7 @@ def values_tile(
                 builder.store(load_vector(builder, target), total)
             left = _row_pointers(builder, p_base, p_first, p_step, rows)
             with cgutils.for_range(builder, num_blocks) as blocks:
-                block = builder.load(element_pointer(builder, table, blocks.index), align=4)
-                start = builder.add(builder.mul(builder.sext(block, INT64), b_step), v_first)
-                block_values = element_pointer(builder, cache_base, start)
+                block_values = _block_address(builder, cache_base, table, blocks.index, b_step, v_first)
                 first_key = builder.mul(blocks.index, b_size)
                 remaining = builder.sub(key_count, first_key)
                 count = builder.select(builder.icmp_signed("<", remaining, b_size), remaining, b_size)
@@ -206,7 +235,7 @@ def values_tile(
         return context.get_dummy_value()
 
     signature = types.void(
-        integer, integer, p, integer, integer, integer, cache, integer, integer, integer, integer, block_table,
-        integer, output, integer, integer,
+        integer, integer, memory_type(p), integer, integer, integer, memory_type(cache), integer, integer,
+        integer, integer, _check_table(block_table), integer, memory_type(output), integer, integer,
     )  # fmt: skip
     return signature, generate

@@ -1,4 +1,4 @@
-"""Rotary embedding and paged attention in plain numpy, float64: slow, short, and what every kernel is tested against."""
+"""Rotary embedding and paged attention in plain numpy and float64: what every kernel is tested against."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def attention(
     group = num_heads // num_kv_heads
     k = np.repeat(k.astype(np.float64), group, axis=1)
     v = np.repeat(v.astype(np.float64), group, axis=1)
-    scores = np.einsum("qhd,khd->hqk", q.astype(np.float64), k) * scale
+    scores = q.astype(np.float64).transpose(1, 0, 2) @ k.transpose(1, 2, 0) * scale
     if softcap is not None:
         scores = softcap * np.tanh(scores / softcap)
     position = np.arange(context_len - num_queries, context_len)[:, None]
@@ -56,7 +56,7 @@ def attention(
     scores = np.where(visible, scores, -np.inf)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
-    result: Float64Array = np.einsum("hqk,khd->qhd", weights, v)
+    result: Float64Array = (weights @ v.transpose(1, 0, 2)).transpose(1, 0, 2)
     return result
 
 
@@ -74,7 +74,7 @@ def paged_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> Float64Array:
-    """One layer of one step, as ``kernels.cpu.PagedAttention``: writes the step's k and v into the caches, then attends.
+    """One layer of one step, as ``kernels.cpu.PagedAttention``: writes k and v into the caches, then attends.
 
     Args:
         qkv: [num_tokens, (num_heads + 2 * num_kv_heads) * head_dim].
