@@ -27,14 +27,14 @@ class DenseDecoder:
     def __init__(self, checkpoint: Checkpoint) -> None:
         self._checkpoint = checkpoint
         self._config = checkpoint.config
+        self._embeddings = checkpoint.read("model.embed_tokens.weight")
         self._sessions = {kind: _Session(self._config, kind) for kind in ("first", "middle", "last")}
         self._weights: dict[tuple[str, int], dict[str, Array]] = {}
 
     def logits(self, token_ids: Sequence[int], num_rows: int) -> Array:
         """Logits [num_rows, vocab_size] after each of the last ``num_rows`` tokens."""
         config, last_layer = self._config, self._config.num_hidden_layers - 1
-        embeddings = self._checkpoint.read("model.embed_tokens.weight")
-        hidden = embeddings[list(token_ids)].astype(np.float32) * np.float32(config.embedding_scale)
+        hidden = self._embeddings[list(token_ids)].astype(np.float32) * np.float32(config.embedding_scale)
         residual, qkv = self._run("first", 0, hidden=hidden)
         for i in range(last_layer):
             attention = dense_attention(qkv, config, config.layers[i])

@@ -22,14 +22,26 @@ _CHAT = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
 
 def make_prompts(encode: Callable[[str], list[int]]) -> list[list[int]]:
     """One list of token ids for each of ``PROMPT_LENGTHS``; every third ends as a chat turn does."""
-    return [_make_prompt(encode, length, random.Random(i)) for i, length in enumerate(PROMPT_LENGTHS)]
+    return [
+        make_prompt(encode, length, i, is_chat=length > 40 and length % 3 == 0)
+        for i, length in enumerate(PROMPT_LENGTHS)
+    ]
 
 
-def _make_prompt(encode: Callable[[str], list[int]], length: int, chance: random.Random) -> list[int]:
+def gemma3_prompts(encode: Callable[[str], list[int]]) -> list[list[int]]:
+    """A few prompts, the longest beyond the sliding window of 512; ``encode`` adds the first token."""
+    return [make_prompt(encode, length, length) for length in (1, 12, 150, 500, 700)]
+
+
+def make_prompt(
+    encode: Callable[[str], list[int]], length: int, seed: int, *, is_chat: bool = False
+) -> list[int]:
+    """The first ``length`` tokens of a text, or the last ones of a turn in SmolLM2's format."""
+    chance = random.Random(seed)
+
     def pick(words: str) -> str:
         return chance.choice(words.split("|"))
 
-    is_chat = length > 40 and length % 3 == 0
     text = pick(_OPENING) + " "
     ids: list[int] = []
     while len(ids) < length + 40:

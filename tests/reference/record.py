@@ -1,7 +1,8 @@
 """Records what transformers and torch answer: ``make reference``. The only place that needs torch.
 
 Every checkpoint is read by transformers itself (configuration, weights, the GGUF file's dequantization), so
-that nothing of ours is compared with itself. Run with names of recordings to record only those.
+that nothing of ours is compared with itself. Run with names of recordings to record only those;
+``gemma3-270m`` is recorded only if named.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from server.model_source import fetch_default_model
 from server.tokenizer import load_tokenizer
-from tests.reference.prompts import make_prompts
+from tests.reference.gemma3_270m import fetch_gemma3_270m
+from tests.reference.prompts import gemma3_prompts, make_prompts
 from tests.reference.recordings import FOLDER
 from tests.reference.rope_cases import ROPE_CASES
 from tests.reference.tiny_checkpoints import CONFIGS, tiny_prompts, write_tiny_checkpoint
@@ -119,6 +121,13 @@ def main(names: list[str]) -> None:
         )
         prompts = make_prompts(lambda text: tokenizer.encode(text, add_special_tokens=False))
         record("smollm2", model.eval(), prompts, ())
+    if "gemma3-270m" in names:
+        path = fetch_gemma3_270m()
+        tokenizer = load_tokenizer(path)
+        model = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
+        )
+        record("gemma3-270m", model.eval(), gemma3_prompts(tokenizer.encode), ())
     for architecture in CONFIGS:
         if names and architecture not in names:
             continue

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,7 +10,8 @@ import pytest
 
 from engine_runtime.weights.checkpoint import open_checkpoint
 from tests.reference.dense_decoder import DenseDecoder
-from tests.reference.recordings import LOGIT_TOLERANCE, load_recordings
+from tests.reference.gemma3_270m import cached_gemma3_270m
+from tests.reference.recordings import LOGIT_TOLERANCE, Recording, load_recordings
 from tests.reference.tiny_checkpoints import CONFIGS, write_tiny_checkpoint
 
 # float32 and float64 differ by 1.4e-5 at most on these models.
@@ -28,9 +30,23 @@ def test_tiny_checkpoint_generates_the_same_tokens_and_logits(architecture: str,
 
 
 def test_default_model_generates_the_same_tokens_and_logits(smollm2_path: Path) -> None:
-    decoder = DenseDecoder(open_checkpoint(smollm2_path))
     # Every eighth prompt covers 1 to 777 tokens; the executor's tests run all forty.
-    for recording in load_recordings("smollm2")[::8]:
+    check_recordings(smollm2_path, load_recordings("smollm2")[::8])
+
+
+@pytest.mark.skipif(
+    cached_gemma3_270m() is None,
+    reason="240 MB under the Gemma terms, fetched only by: make gemma",
+)
+def test_gemma3_270m_generates_the_same_tokens_and_logits() -> None:
+    path = cached_gemma3_270m()
+    assert path is not None
+    check_recordings(path, load_recordings("gemma3-270m"))
+
+
+def check_recordings(path: Path, recordings: Sequence[Recording]) -> None:
+    decoder = DenseDecoder(open_checkpoint(path))
+    for recording in recordings:
         tokens = (*recording.prompt_token_ids, *recording.token_ids[:-1])
         logits = decoder.logits(tokens, len(recording.token_ids))
         recording.check_tokens(logits.argmax(axis=-1).tolist())
