@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from server.call import Call
 from server.choice import Choice
 from server.detokenizer import IncrementalDetokenizer
 from server.engine_protocol import EngineClient
@@ -15,7 +16,6 @@ from server.engine_streams import EngineStreams
 from server.metrics import Metrics, RequestTimer
 from server.sse import DONE
 from server.tokenizer import Tokenizer
-from server.validation import Call
 
 
 @dataclass(frozen=True, slots=True)

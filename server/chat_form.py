@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import msgspec
 
 from server.answer import Usage
+from server.call import Call
 from server.choice import Choice
 from server.logprobs import chat_logprobs
 from server.tokenizer import Tokenizer
-from server.validation import Call
 
 _encode = msgspec.json.Encoder().encode
 

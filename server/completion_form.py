@@ -8,10 +8,10 @@ from typing import Any
 import msgspec
 
 from server.answer import Usage
+from server.call import Call
 from server.choice import Choice
 from server.logprobs import CompletionLogprobs, joined
 from server.tokenizer import Tokenizer
-from server.validation import Call
 
 _encode = msgspec.json.Encoder().encode
 

@@ -15,12 +15,13 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.answer import Answer, AnswerForm
+from server.call import Call
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
 from server.metrics import Metrics
 from server.sse import EventStream
 from server.tokenization import Tokenization
-from server.validation import Call, Validator
+from server.validation import Validator
 
 T = TypeVar("T")
 

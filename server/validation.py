@@ -7,12 +7,12 @@ import secrets
 import time
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from pydantic import ValidationError
 
 from scheduler.messages import ExecutorSpec, Request, SamplingParams
+from server.call import Call, Prompt
 from server.chat_template import ChatTemplateError
 from server.engine_protocol import EngineClient
 from server.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, excerpt
@@ -28,50 +28,6 @@ W = TypeVar("W", bound=SamplingFields)
 _SEED_MASK = 2**63 - 1
 # What OpenAI and vLLM give a text completion that does not say.
 _COMPLETION_MAX_TOKENS = 16
-
-
-@dataclass(frozen=True, slots=True)
-class Prompt:
-    """What one prompt of a call says; ``text`` is known only where the answer repeats it."""
-
-    token_ids: tuple[int, ...]
-    text: str | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Call:
-    """A valid API call.
-
-    Attributes:
-        id, created, model: as every object of the answer carries them.
-        requests: one a choice, in the order of their index.
-        prompts: ``n`` consecutive choices answer each of them.
-        stop: strings that end an answer.
-        num_logprobs: alternatives shown with each token; None shows nothing.
-        continues_prompt: whether the text goes on where the prompt ends, rather than begins anew.
-        echo: whether the answer begins with its prompt.
-        is_scoring: whether only the prompt is wanted; the one token that the engine must generate is dropped.
-    """
-
-    id: str
-    created: int
-    model: str
-    requests: tuple[Request, ...]
-    prompts: tuple[Prompt, ...]
-    n: int
-    stop: tuple[str, ...]
-    include_stop: bool
-    skip_special_tokens: bool
-    is_stream: bool
-    include_usage: bool
-    num_logprobs: int | None
-    continues_prompt: bool = False
-    echo: bool = False
-    is_scoring: bool = False
-
-    def prompt_of(self, index: int) -> Prompt:
-        """The prompt that a choice answers."""
-        return self.prompts[index // self.n]
 
 
 class Validator:
