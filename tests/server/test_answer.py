@@ -92,13 +92,13 @@ def test_streamed_or_whole_the_text_is_what_the_tokens_say(
         assert choice["text"] == text
         assert choice["finish_reason"] == reason
     assert _texts(chunks, n) == [choice["text"] for choice in whole["choices"]]
-    reasons = {
-        choice["index"]: choice["finish_reason"]
+    reasons = sorted(
+        (choice["index"], choice["finish_reason"])
         for chunk in chunks
         for choice in chunk["choices"]
         if choice["finish_reason"] is not None
-    }
-    assert reasons == {choice["index"]: choice["finish_reason"] for choice in whole["choices"]}
+    )
+    assert reasons == [(choice["index"], choice["finish_reason"]) for choice in whole["choices"]]
     assert last["usage"]["completion_tokens"] == whole["usage"]["completion_tokens"]
     # The second run found the first one's prompt: 4 full blocks of 4, but never the whole prompt.
     assert last["usage"]["prompt_tokens_details"]["cached_tokens"] == (len(prompt) - 1) // 4 * 4

@@ -152,3 +152,15 @@ async def test_choices_of_several_prompts_are_in_order(tokenizer: Tokenizer) -> 
     assert [choice["text"] for choice in answer["choices"]] == ["a x", "a x", "b x", "b x"]
     assert answer["usage"]["prompt_tokens"] == 2
     assert answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.parametrize("skip", [True, False])
+async def test_tokens_that_are_not_shown_take_no_place(tokenizer: Tokenizer, skip: bool) -> None:
+    special = min(tokenizer.special_token_ids)
+    name = tokenizer.token_text(special)
+    body = _completion("x", max_tokens=8, logprobs=0, skip_special_tokens=skip)
+    async with api(_scored(tokenizer, f"a{name}b"), tokenizer) as client:
+        choice = (await client.post("/v1/completions", json=body)).json()["choices"][0]
+    assert choice["text"] == ("ab" if skip else f"a{name}b")
+    assert choice["logprobs"]["tokens"] == ["a", name, "b"]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 1 if skip else 1 + len(name)]
