@@ -40,7 +40,7 @@ OPERATORS = {
         Operator("AttentionFromSumsToRows", _SUMS, _ROWS),
     )
 }
-_ROW_KERNELS = {
+ROW_KERNELS = {
     "QuantizeRows": row_kernels.quantize_rows,
     "Dequantize": row_kernels.dequantize,
     "SwigluQuantize": row_kernels.swiglu_quantize,
@@ -186,7 +186,7 @@ class DecoderSession:
         operator = OPERATORS[op_type]
         return self._table.add_node(
             rows=rows,
-            kernels=[(compiled(_ROW_KERNELS[op_type]).address, rows + NUM_TASKS)],
+            kernels=[(compiled(ROW_KERNELS[op_type]).address, rows + NUM_TASKS)],
             num_inputs=len(operator.inputs),
             output_columns=_output_columns(operator, columns),
             columns=columns,

@@ -1,0 +1,75 @@
+"""The default model in float32 against transformers and torch: 40 prompts of 1 to 1,500 tokens, greedy, 64 tokens.
+
+The model has steps whose two best logits are closer than float32 can tell. There either token is right, and since the
+text goes on differently after the other one, the rest of that prompt is not compared; ``Recording.check_tokens`` knows.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from scheduler.executor import Executor
+from scheduler.messages import EngineStats
+from tests.engine_runtime.executors.generation import Generated, Limited, generate
+from tests.reference.recordings import Recording, load_recordings
+
+_NUM_TOKENS = 64
+
+
+@pytest.fixture(scope="module")
+def recordings() -> list[Recording]:
+    found = load_recordings("smollm2")
+    assert len(found) == 40
+    assert all(len(recording.token_ids) == _NUM_TOKENS for recording in found)
+    return found
+
+
+def _run(executor: Executor, recordings: list[Recording]) -> tuple[list[Generated], EngineStats]:
+    """Generates for all recorded prompts and compares; nearly every token must have been comparable."""
+    prompts = [recording.prompt_token_ids for recording in recordings]
+    results, stats = generate(executor, prompts, _NUM_TOKENS)
+    compared = 0
+    for recording, result in zip(recordings, results, strict=True):
+        assert len(result.token_ids) == _NUM_TOKENS
+        compared += recording.check_tokens(result.token_ids)
+    assert compared >= 0.9 * _NUM_TOKENS * len(recordings)
+    return results, stats
+
+
+def test_alone(smollm2_float32: Executor, recordings: list[Recording]) -> None:
+    # A step of one sequence reads all weights for one token: every fifth prompt, from 1 to 777 tokens.
+    for recording in recordings[1::5]:
+        _run(smollm2_float32, [recording])
+
+
+def test_sixteen_at_a_time(smollm2_float32: Executor, recordings: list[Recording]) -> None:
+    _, stats = _run(Limited(smollm2_float32, max_num_seqs=16), recordings)
+    assert stats.preemptions_total == 0
+
+
+def test_chunked_at_32_tokens(smollm2_float32: Executor, recordings: list[Recording]) -> None:
+    limited = Limited(smollm2_float32, max_num_seqs=8, max_num_batched_tokens=32)
+    _run(limited, recordings)
+    assert max(step.num_tokens for step in limited.steps) == 32
+    chunks = [s for step in limited.steps for s in step.scheduled if not s.samples]
+    assert len(chunks) > 200
+
+
+def test_prefix_hits(smollm2_float32: Executor, recordings: list[Recording]) -> None:
+    # The second of each pair starts when the first is done and finds all full blocks of its prompt but the last.
+    some = [recording for recording in recordings[1::4] if len(recording.prompt_token_ids) > 16]
+    pairs = [recording for recording in some for _ in range(2)]
+    results, stats = _run(Limited(smollm2_float32, max_num_seqs=1), pairs)
+    assert all(result.num_cached_tokens >= 16 for result in results[1::2])
+    assert stats.prefix_cache_hits_total >= sum(len(r.prompt_token_ids) // 16 * 16 - 16 for r in some)
+
+
+def test_forced_preemptions(smollm2_float32: Executor, recordings: list[Recording]) -> None:
+    short = recordings[:24]
+    longest = max(len(recording.prompt_token_ids) for recording in short)
+    num_blocks = 30
+    limited = Limited(
+        smollm2_float32, max_num_seqs=16, num_blocks=num_blocks, max_model_len=longest + _NUM_TOKENS
+    )
+    _, stats = _run(limited, short)
+    assert stats.preemptions_total >= 5

@@ -1,0 +1,83 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from engine_runtime.factory import (
+    CheckpointError,
+    MemoryPlanError,
+    RuntimeConfig,
+    create_executor,
+    plan_memory,
+)
+from engine_runtime.weights.checkpoint import open_checkpoint
+from tests.engine_runtime.executors.generation import generate, tokens
+from tests.reference.recordings import load_recordings
+from tests.reference.tiny_checkpoints import CONFIGS, write_tiny_checkpoint
+
+
+@pytest.mark.parametrize("architecture", sorted(CONFIGS))
+def test_every_architecture_generates_what_transformers_does(architecture: str, tmp_path: Path) -> None:
+    path = write_tiny_checkpoint(architecture, tmp_path)
+    executor, _ = create_executor(RuntimeConfig(path, dtype="float32", max_num_batched_tokens=64))
+    recordings = load_recordings(architecture)
+    prompts = [recording.prompt_token_ids for recording in recordings]
+    results, _ = generate(executor, prompts, len(recordings[0].token_ids))
+    for recording, generated in zip(recordings, tokens(results), strict=True):
+        assert recording.check_tokens(generated, 1e-4) > 0
+    executor.shutdown()
+
+
+def test_auto_is_int8_and_names_it(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint("llama", tmp_path)
+    stages: list[tuple[str, int, int]] = []
+    config = RuntimeConfig(path, max_num_seqs=3, max_num_batched_tokens=32, num_threads=1)
+    executor, plan = create_executor(config, lambda *stage: stages.append(stage))
+    assert executor.spec.device == "cpu (1 thread, int8)"
+    assert executor.spec.max_model_len == 256
+    assert (executor.spec.max_num_seqs, executor.spec.max_num_batched_tokens) == (3, 32)
+    assert executor.spec.num_blocks == plan.num_blocks == 3 * 256 // 16
+    weights = [stage for stage in stages if stage[0] == "weights"]
+    assert weights[-1][1] == weights[-1][2] > 1
+    assert [done for _, done, _ in weights] == sorted(done for _, done, _ in weights)
+    executor.shutdown()
+
+
+def test_dtypes_and_weights_have_models_of_their_own_in_the_prefix_cache(tmp_path: Path) -> None:
+    first = write_tiny_checkpoint("llama", tmp_path / "a")
+    second = write_tiny_checkpoint("qwen3", tmp_path / "b")
+    ids = []
+    for path, dtype in ((first, "float32"), (first, "int8"), (second, "int8")):
+        executor, _ = create_executor(RuntimeConfig(path, dtype=dtype, max_num_batched_tokens=32))  # type: ignore[arg-type]
+        ids.append(executor.spec.model_id)
+        executor.shutdown()
+    assert len(set(ids)) == 3
+
+
+def test_plan_needs_no_weights_and_counts_what_is_stored(tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(write_tiny_checkpoint("llama", tmp_path))
+    config = checkpoint.config
+    exact = plan_memory(RuntimeConfig(tmp_path, dtype="float32"), checkpoint)
+    quantized = plan_memory(RuntimeConfig(tmp_path, dtype="int8"), checkpoint)
+    hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    matrices = layers * (hidden * config.q_size + 3 * hidden * mlp + hidden * config.qkv_size)
+    entries = 2 * config.vocab_size * hidden  # embeddings and output projection
+    norms = (2 * layers + 1) * hidden
+    assert exact.weight_bytes == 4 * (matrices + entries + norms)
+    assert quantized.weight_bytes < exact.weight_bytes / 3
+    assert quantized.weight_bytes >= matrices + entries
+
+
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    path = write_tiny_checkpoint("llama", tmp_path)
+    stages: list[str] = []
+    config = RuntimeConfig(path, kv_cache_bytes=1000)
+    with pytest.raises(MemoryPlanError, match="KV cache"):
+        create_executor(config, lambda stage, done, total: stages.append(stage))
+    assert not stages
+
+
+def test_no_model_is_a_checkpoint_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError):
+        create_executor(RuntimeConfig(tmp_path / "nothing"))
