@@ -23,6 +23,10 @@ from server.errors import (
 
 _log = logging.getLogger(__name__)
 
+# Where a response finds the server's own ``send`` in its scope. Once it has begun, nothing that wraps ``send``
+# on the way (this guard, Starlette's error handling) has anything to do, but each would cost every token.
+SEND_BODY = "inflightd.send_body"
+
 _CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/=+-]{1,128}")
 
 
@@ -47,6 +51,7 @@ class Guard:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
+        scope[SEND_BODY] = send
         has_started = False
         is_reading = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
         num_bytes = 0

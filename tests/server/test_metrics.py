@@ -158,8 +158,8 @@ def test_times_of_a_request() -> None:
     sums = {
         name: (getattr(metrics, name).cumulative()[1], getattr(metrics, name).cumulative()[0][-1][1])
         for name in (
-            "time_to_first_token", "inter_token_latency", "time_per_output_token", "e2e_latency", "queue_time",
-            "prefill_time", "decode_time", "inference_time",
+            "time_to_first_token", "inter_token_latency", "time_per_output_token", "e2e_latency",
+            "queue_time", "prefill_time", "decode_time", "inference_time",
         )
     }  # fmt: skip
     assert sums == {
