@@ -23,8 +23,8 @@ from server.errors import (
 
 _log = logging.getLogger(__name__)
 
-# Where a response finds the server's own ``send`` in its scope. Once it has begun, nothing that wraps ``send``
-# on the way (this guard, Starlette's error handling) has anything to do, but each would cost every token.
+# Where a response finds the server's own ``send`` in its scope. Once it has begun, what wraps ``send`` on the
+# way (this guard, Starlette's error handling) has nothing to do, but would cost every token.
 SEND_BODY = "inflightd.send_body"
 
 _CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/=+-]{1,128}")
