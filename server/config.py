@@ -8,7 +8,7 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 ENVIRONMENT_PREFIX = "INFLIGHTD_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -97,7 +97,7 @@ class ServerConfig:
         group="model",
         metavar="NAME[,NAME]",
     )
-    dtype: str = _flag(
+    dtype: Literal["auto", "float32", "int8"] = _flag(
         "auto",
         _one_of("auto", "float32", "int8"),
         "arithmetic of the matrix products: auto (int8 on a CPU), float32 (exact, slower) or int8",

@@ -8,7 +8,9 @@ ONNX Runtime.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
+import dataclasses
 import gc
 import logging
 import os
@@ -17,9 +19,13 @@ import socket
 import sys
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from server.config import ServerConfig
 from server.model_source import ModelSource, cache_directory, find_model
+
+if TYPE_CHECKING:
+    import uvicorn
 
 _log = logging.getLogger(__name__)
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
@@ -41,6 +47,7 @@ def serve(config: ServerConfig) -> None:
     listener = _listen(config)
     with listener:
         source = find_model(config.model)
+        config = dataclasses.replace(config, served_model_name=config.served_model_name or (source.name,))
         uvloop.run(_serve(config, source, listener))
 
 
@@ -109,6 +116,10 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
                 timeout_graceful_shutdown=config.shutdown_timeout,
             )
         )
+        # uvicorn's own handlers raise the signal again once all is done, and the exit status with it.
+        server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
+        for number in (signal.SIGINT, signal.SIGTERM):
+            loop.add_signal_handler(number, server.handle_exit, number, None)
         watcher = asyncio.create_task(_exit_on(failed, server))
         await server.serve(sockets=[listener])
         watcher.cancel()
@@ -118,9 +129,9 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         raise LaunchError(failures[0])
 
 
-async def _exit_on(failed: asyncio.Event, server: object) -> None:
+async def _exit_on(failed: asyncio.Event, server: uvicorn.Server) -> None:
     await failed.wait()
-    server.should_exit = True  # type: ignore[attr-defined]
+    server.should_exit = True
 
 
 def _url(listener: socket.socket) -> str:

@@ -75,10 +75,10 @@ def make_plan(
     """Divides the memory.
 
     Args:
-        max_model_len: None takes what the model claims, or less if the KV cache holds less.
-        kv_cache_bytes: None takes a part of the available memory, no more than ``max_num_seqs`` sequences of
-        the
-            greatest length need.
+        max_model_len: None takes what the model claims; less if ``kv_cache_bytes`` is None too and the
+            memory holds less.
+        kv_cache_bytes: None takes a part of the available memory, no more than ``max_num_seqs`` sequences
+            of the greatest length need.
 
     Raises:
         MemoryPlanError: it does not fit.
@@ -92,7 +92,7 @@ def make_plan(
         num_blocks = min(int(available_bytes * _KV_SHARE) // block_bytes, max_num_seqs * blocks_a_sequence)
     else:
         num_blocks = kv_cache_bytes // block_bytes
-    if max_model_len is None:
+    if max_model_len is None and kv_cache_bytes is None:
         wanted_len = max(1, min(wanted_len, num_blocks * block_size))
     plan = MemoryPlan(
         weight_bytes,
@@ -106,15 +106,15 @@ def make_plan(
     )
     needed = weight_bytes + activation_bytes + max(load_bytes, plan.kv_bytes)
     if num_blocks < 1 or plan.num_full_sequences < 1:
-        least = blocks_a_sequence * block_bytes if max_model_len else block_bytes
+        least = -(-wanted_len // block_size) * block_bytes
         raise MemoryPlanError(
             f"The KV cache cannot hold one sequence of {wanted_len:,} tokens, which takes "
-            f"{_mebibytes(least)}. Lower max-model-len or raise kv-cache-bytes.\n{plan.table()}"
+            f"{_mebibytes(least)}. Lower --max-model-len or raise --kv-cache-bytes.\n{plan.table()}"
         )
     if needed > available_bytes:
         raise MemoryPlanError(
             f"{_mebibytes(needed)} are needed, while {_mebibytes(available_bytes)} are available. "
-            f"Lower kv-cache-bytes, or take a smaller model or dtype.\n{plan.table()}"
+            f"Lower --kv-cache-bytes, or take a smaller model or dtype.\n{plan.table()}"
         )
     return plan
 

@@ -48,10 +48,16 @@ def test_given_pool_is_taken_in_whole_blocks() -> None:
     assert _plan(kv_cache_bytes=10 * block + block // 2).num_blocks == 10
 
 
-def test_length_that_was_not_asked_for_shrinks_to_the_pool() -> None:
+def test_length_shrinks_to_the_memory_if_neither_it_nor_the_pool_was_asked_for() -> None:
     block = _plan().block_bytes
-    plan = _plan(max_model_len=None, kv_cache_bytes=3 * block)
-    assert plan.max_model_len == min(_CONFIG.max_position_embeddings, 48)
+    plan = _plan(max_model_len=None, available_bytes=20 * block, weight_bytes=0, activation_bytes=0)
+    assert plan.num_blocks == 6
+    assert plan.max_model_len == 96 < _CONFIG.max_position_embeddings
+
+
+def test_a_pool_that_was_asked_for_must_hold_the_length_that_the_model_claims() -> None:
+    with pytest.raises(MemoryPlanError, match="--max-model-len"):
+        _plan(max_model_len=None, kv_cache_bytes=3 * _plan().block_bytes)
 
 
 def test_length_that_was_asked_for_must_fit() -> None:
