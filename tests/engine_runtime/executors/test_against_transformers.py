@@ -1,7 +1,9 @@
-"""The default model in float32 against transformers and torch: 40 prompts of 1 to 1,500 tokens, greedy, 64 tokens.
+"""The default model in float32 against transformers and torch: 40 prompts of 1 to 1,500 tokens, greedy, 64
+tokens.
 
-The model has steps whose two best logits are closer than float32 can tell. There either token is right, and since the
-text goes on differently after the other one, the rest of that prompt is not compared; ``Recording.check_tokens`` knows.
+The model has steps whose two best logits are closer than float32 can tell. There either token is right, and
+since the text goes on differently after the other one, the rest of that prompt is not compared;
+``Recording.check_tokens`` knows.
 """
 
 from __future__ import annotations
@@ -56,7 +58,8 @@ def test_chunked_at_32_tokens(smollm2_float32: Executor, recordings: list[Record
 
 
 def test_prefix_hits(smollm2_float32: Executor, recordings: list[Recording]) -> None:
-    # The second of each pair starts when the first is done and finds all full blocks of its prompt but the last.
+    # The second of each pair starts when the first is done and finds all full blocks of its prompt but the
+    # last.
     some = [recording for recording in recordings[1::4] if len(recording.prompt_token_ids) > 16]
     pairs = [recording for recording in some for _ in range(2)]
     results, stats = _run(Limited(smollm2_float32, max_num_seqs=1), pairs)
