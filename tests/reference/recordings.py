@@ -11,9 +11,9 @@ from numpy.typing import NDArray
 
 FOLDER = Path(__file__).parent / "recorded"
 
-# Two float32 implementations of one model differ by about this much in a logit: what ``record`` measured
-# between float32 and float64, times four.
-LOGIT_TOLERANCE = 2e-3
+# How far two float32 implementations of one model may lie apart in a logit. Measured over all recordings:
+# float32 against float64 8e-5, the segments in ONNX Runtime against torch 1.4e-4 (after 1,500 tokens).
+LOGIT_TOLERANCE = 5e-4
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,7 @@ def test_tiny_checkpoint_generates_the_same_tokens_and_logits(architecture: str,
 
 
 def test_default_model_generates_the_same_tokens_and_logits(smollm2_path: Path) -> None:
-    # Every eighth prompt covers 1 to 777 tokens; the executor's tests run all forty.
+    # Every eighth prompt covers 1 to 384 tokens; the executor's tests run all forty.
     check_recordings(smollm2_path, load_recordings("smollm2")[::8])
 
 
