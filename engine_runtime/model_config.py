@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, fields
 
-from engine_runtime.rope import RopeConfig
+from engine_runtime.rope import FrequencyFactors, RopeConfig
 
 # Far above any published model, low enough that no product of two overflows or asks for terabytes.
 _MAX_DIMENSION = 1 << 22
@@ -91,6 +92,8 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise ConfigError(f"head_dim is {self.head_dim}; rotary embeddings need an even one")
+        for rope in {layer.rope for layer in self.layers}:
+            _check_rope(rope, self.head_dim)
         for name in ("bos_token_id", "eos_token_ids"):
             value = getattr(self, name)
             ids = value if isinstance(value, tuple) else () if value is None else (value,)
@@ -111,3 +114,12 @@ class ModelConfig:
     def qkv_size(self) -> int:
         """Width of the merged projection: query heads, key heads, value heads."""
         return self.q_size + 2 * self.kv_size
+
+
+def _check_rope(rope: RopeConfig, head_dim: int) -> None:
+    if not rope.theta > 1:
+        raise ConfigError(f"the theta of the rotary embedding is {rope.theta}; expected a number above 1")
+    if isinstance(rope.scaling, FrequencyFactors):
+        factors = rope.scaling.factors
+        if len(factors) != head_dim // 2 or not all(0 < factor < math.inf for factor in factors):
+            raise ConfigError(f"the rotary embedding needs {head_dim // 2} frequency factors above 0")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
 
-from engine_runtime.model_config import ConfigError
+from engine_runtime.model_config import ConfigError, LayerConfig
+from engine_runtime.rope import FrequencyFactors, RopeConfig
 from tests.engine_runtime.tiny_configs import tiny_config
 
 
@@ -33,6 +35,16 @@ def test_equal_configurations_are_one_key() -> None:
             r"num_attention_heads \(4\) is no multiple of num_key_value_heads \(3\)",
         ),
         ({"head_dim": 15}, "head_dim is 15; rotary embeddings need an even one"),
+        ({"layers": (LayerConfig(RopeConfig(1.0)),) * 2}, "theta of the rotary embedding is 1.0"),
+        ({"layers": (LayerConfig(RopeConfig(math.nan)),) * 2}, "theta of the rotary embedding is nan"),
+        (
+            {"layers": (LayerConfig(RopeConfig(1e4, FrequencyFactors((1.0,) * 15))),) * 2},
+            "needs 16 frequency factors above 0",
+        ),
+        (
+            {"layers": (LayerConfig(RopeConfig(1e4, FrequencyFactors((0.0,) * 16))),) * 2},
+            "needs 16 frequency factors above 0",
+        ),
         ({"bos_token_id": 176}, "bos_token_id is 176, outside the vocabulary of 176"),
         ({"eos_token_ids": (2, -1)}, r"eos_token_ids is \(2, -1\), outside the vocabulary"),
     ],
