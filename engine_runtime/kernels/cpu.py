@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from engine_runtime.kernels.cpu_attention import SCORES_STRIDE, attend, write_kv
-from engine_runtime.kernels.cpu_simd import LANES
-from engine_runtime.kernels.numpy_types import Float32Array, Int32Array
+from engine_runtime.kernels.cpu_simd import LANES, has_feature
+from engine_runtime.kernels.numpy_types import Float32Array, Int32Array, KvArray
 
 ROWS_PER_TILE = 24
 NO_WINDOW = 1 << 30
@@ -20,11 +21,11 @@ class KvCache:
     """Keys and values of all layers. Memory is taken from the system as blocks are first written.
 
     Attributes:
-        layers: one float32 array [num_blocks * num_kv_heads * block_size * (head_dim + value_dim)] a layer;
-            ``cpu_attention`` draws a block.
+        layers: one array [num_blocks * num_kv_heads * block_size * (head_dim + value_dim)] a layer: float32,
+            or uint16 with the bits of float16. ``cpu_attention`` draws a block.
     """
 
-    layers: tuple[Float32Array, ...]
+    layers: tuple[KvArray, ...]
     block_size: int
     num_kv_heads: int
     head_dim: int
@@ -41,7 +42,7 @@ class KvCache:
 class KvLayer:
     """The cache of one layer."""
 
-    data: Float32Array
+    data: KvArray
     block_size: int
     num_kv_heads: int
     head_dim: int
@@ -61,7 +62,8 @@ class KvLayer:
 
     def _heads(self) -> Float32Array:
         width = self.block_size * (self.head_dim + padded_head_dim(self.head_dim))
-        return self.data.reshape(-1, self.num_kv_heads, width)
+        data = self.data if self.data.dtype == np.float32 else self.data.view(np.float16)
+        return data.reshape(-1, self.num_kv_heads, width).astype(np.float32)
 
 
 def padded_head_dim(head_dim: int) -> int:
@@ -69,25 +71,54 @@ def padded_head_dim(head_dim: int) -> int:
     return -(-head_dim // LANES) * LANES
 
 
-def kv_block_bytes(block_size: int, num_kv_heads: int, head_dim: int) -> int:
+def supports_float16() -> bool:
+    """Whether the processor converts float16 (F16C, since 2012), so that a cache may be float16."""
+    return has_feature("f16c")
+
+
+def kv_block_bytes(
+    block_size: int, num_kv_heads: int, head_dim: int, dtype: npt.DTypeLike = np.float32
+) -> int:
     """Bytes of one block in one layer."""
-    return 4 * block_size * num_kv_heads * (head_dim + padded_head_dim(head_dim))
+    size = block_size * num_kv_heads * (head_dim + padded_head_dim(head_dim))
+    return size * np.dtype(dtype).itemsize
 
 
 def allocate_kv_cache(
-    num_layers: int, num_blocks: int, block_size: int, num_kv_heads: int, head_dim: int
+    num_layers: int,
+    num_blocks: int,
+    block_size: int,
+    num_kv_heads: int,
+    head_dim: int,
+    dtype: npt.DTypeLike = np.float32,
 ) -> KvCache:
     """Reserves address space for the cache; no memory is committed before a block is written.
 
+    Args:
+        dtype: float32, or float16, which halves the memory that decoding waits for. Keys and values are
+            rounded to it as they are written (beyond 65504 to infinity, and their sequence comes out as NaN);
+            all arithmetic stays float32.
+
     Raises:
-        ValueError: ``block_size`` is not a multiple of 16, or ``head_dim`` not a multiple of 8 from 8 to 256.
+        RuntimeError: float16 on a processor that cannot convert it.
+        ValueError: ``block_size`` is not a multiple of 16, ``head_dim`` not a multiple of 8 from 8 to 256, or
+            ``dtype`` another one.
         MemoryError: the system refuses the address space.
     """
     if block_size <= 0 or block_size % LANES:
         raise ValueError(f"block_size must be a multiple of {LANES}, not {block_size}")
     if head_dim % 8 or not 8 <= head_dim <= 256:
         raise ValueError(f"head_dim must be a multiple of 8 from 8 to 256, not {head_dim}")
-    size = num_blocks * kv_block_bytes(block_size, num_kv_heads, head_dim) // 4
+    dtype = np.dtype(dtype)
+    if dtype not in (np.float32, np.float16):
+        raise ValueError(f"the cache must be float32 or float16, not {dtype}")
+    if dtype == np.float16 and not supports_float16():
+        raise RuntimeError("this processor cannot convert float16 (F16C is missing): use a float32 KV cache")
+    size = num_blocks * kv_block_bytes(block_size, num_kv_heads, head_dim, dtype) // dtype.itemsize
+    if dtype == np.float16:
+        return KvCache(
+            tuple(np.empty(size, np.uint16) for _ in range(num_layers)), block_size, num_kv_heads, head_dim
+        )
     layers = tuple(np.empty(size, np.float32) for _ in range(num_layers))
     return KvCache(layers, block_size, num_kv_heads, head_dim)
 
@@ -223,15 +254,17 @@ def _check(name: str, array: Float32Array, shape: tuple[int, ...]) -> None:
         )
 
 
-def warm_up(progress: Callable[[str, int, int], None] | None = None) -> None:
-    """Compiles the kernels, or loads them from numba's cache on disk.
+def warm_up(
+    progress: Callable[[str, int, int], None] | None = None, dtype: npt.DTypeLike = np.float32
+) -> None:
+    """Compiles the kernels for a cache of ``dtype``, or loads them from numba's cache on disk.
 
     Args:
         progress: called with (what, number done, number in all).
     """
     if progress is not None:
         progress("CPU kernels", 0, 1)
-    cache = allocate_kv_cache(1, 1, LANES, 1, 8)
+    cache = allocate_kv_cache(1, 1, LANES, 1, 8, dtype)
     layout = StepLayout(np.array([0, 1]), np.array([1]), np.array([[0]]))
     table = np.ones((1, 4), np.float32)
     qkv = np.ones((1, 24), np.float32)

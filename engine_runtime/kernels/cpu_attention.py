@@ -41,7 +41,7 @@ from engine_runtime.kernels.cpu_simd import (
     sum_lanes,
 )
 from engine_runtime.kernels.cpu_tiles import MAX_ROWS, MAX_VECTORS, scores_tile, values_tile
-from engine_runtime.kernels.numpy_types import Float32Array, Int32Array
+from engine_runtime.kernels.numpy_types import Float32Array, Int32Array, KvArray
 
 KEY_CHUNK = 512
 SCORES_STRIDE = KEY_CHUNK + LANES  # not a power of two, which would map all rows to the same cache set
@@ -54,7 +54,7 @@ ONE = np.float32(1.0)
 @kernel
 def write_kv(
     qkv: Float32Array,
-    cache: Float32Array,
+    cache: KvArray,
     query_start: Int32Array,
     context_len: Int32Array,
     block_tables: Int32Array,
@@ -71,6 +71,7 @@ def write_kv(
     """Rotates the keys of the step and stores keys and values in their slots."""
     half = head_dim // 2
     head_stride = block_size * (head_dim + value_dim)
+    whole = head_dim // LANES * LANES
     rotated = stack_memory()
     qkv_width = qkv.shape[1]
     qkv_at = address(qkv)
@@ -95,19 +96,23 @@ def write_kv(
                         qkv_at, (first + i + j) * qkv_width + column, ONE,
                         cos_at, sin_at, (position + j) * half, half, rotated, j * head_dim,
                     )  # fmt: skip
-                whole = head_dim // LANES * LANES if tokens == LANES else 0
-                for c in range(0, whole, LANES):
+                transposed = whole if tokens == LANES else 0
+                for c in range(0, transposed, LANES):
                     store_transposed(rotated, c, head_dim, cache, keys + c * block_size, block_size)
-                for c in range(whole, head_dim):
+                for c in range(transposed, head_dim):
                     for j in range(tokens):
-                        cache[keys + c * block_size + j] = load_scalar(rotated, j * head_dim + c)
+                        value = load_scalar(rotated, j * head_dim + c)
+                        store_scalar(cache, keys + c * block_size + j, value)
                 values = keys - slot + head_dim * block_size + slot * value_dim
                 column = (num_heads + num_kv_heads + head) * head_dim
                 for j in range(tokens):
-                    for c in range(head_dim):
-                        cache[values + j * value_dim + c] = qkv[first + i + j, column + c]
+                    source = (first + i + j) * qkv_width + column
+                    for c in range(0, whole, LANES):
+                        store(cache, values + j * value_dim + c, load(qkv_at, source + c))
+                    for c in range(whole, head_dim):
+                        store_scalar(cache, values + j * value_dim + c, load_scalar(qkv_at, source + c))
                     for c in range(head_dim, value_dim):
-                        cache[values + j * value_dim + c] = ZERO
+                        store_scalar(cache, values + j * value_dim + c, ZERO)
             i += tokens
 
 
@@ -148,7 +153,7 @@ def _rotate(
 @kernel
 def attend(
     qkv: Float32Array,
-    cache: Float32Array,
+    cache: KvArray,
     query_start: Int32Array,
     context_len: Int32Array,
     block_tables: Int32Array,
@@ -235,6 +240,7 @@ def attend(
                         scores_tile(
                             row_count, vectors, q_at, row * head_dim, head_dim, head_dim,
                             cache, head_offset, block_stride, block_size, block_tables, table, k,
+                            stop, value_offset, value_dim,
                             scores_at, row * SCORES_STRIDE + key_group * LANES, SCORES_STRIDE,
                         )  # fmt: skip
                 key_group += vectors

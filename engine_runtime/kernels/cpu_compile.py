@@ -1,11 +1,65 @@
-"""How the CPU kernels are compiled: without the GIL, and once for all starts of the daemon."""
+"""How the CPU kernels are compiled, and where their machine code is kept between starts.
+
+numba's cache notices a change of the file a kernel is in, but not of the files it imports: with an old cache,
+a changed register tile would go unnoticed by the attention kernel around it, or crash it. So the code of one
+state of this package's sources goes into one directory, named after their hash. It lies in
+``$NUMBA_CACHE_DIR``, by default ``$XDG_CACHE_HOME/inflightd/numba``; where that cannot be written, or is not
+ours alone, in a temporary directory, and each start compiles anew.
+"""
 
 from __future__ import annotations
 
+import atexit
+import hashlib
+import os
+import shutil
+import tempfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numba
+
+_PACKAGE = Path(__file__).parent.parent
+
+
+def _sources_hash() -> str:
+    digest = hashlib.blake2b(digest_size=8)
+    for path in sorted(_PACKAGE.rglob("*.py")):
+        digest.update(path.relative_to(_PACKAGE).as_posix().encode() + b"\0")
+        digest.update(path.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def _default_base() -> Path:
+    xdg = os.environ.get("XDG_CACHE_HOME", "")
+    return (Path(xdg) if os.path.isabs(xdg) else Path.home() / ".cache") / "inflightd" / "numba"
+
+
+def _is_ours(directory: Path) -> bool:
+    """Whether only we can write there: numba unpickles what it finds."""
+    status = directory.stat()
+    return status.st_uid == os.geteuid() and not status.st_mode & 0o022 and os.access(directory, os.W_OK)
+
+
+def cache_directory(base: Path | None = None) -> Path:
+    """Makes and returns the directory for the machine code of these sources, under ``base``."""
+    try:
+        if base is None:
+            configured = os.environ.get("NUMBA_CACHE_DIR", "")
+            base = Path(configured) if configured else _default_base()
+        directory = base / _sources_hash()
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if _is_ours(directory):
+            return directory
+    except (OSError, RuntimeError):  # RuntimeError: there is no home directory
+        pass
+    temporary = Path(tempfile.mkdtemp(prefix="inflightd-numba-"))
+    atexit.register(shutil.rmtree, temporary, ignore_errors=True)
+    return temporary
+
+
+numba.config.CACHE_DIR = str(cache_directory())
 
 
 def kernel(function: Callable[..., Any]) -> Any:

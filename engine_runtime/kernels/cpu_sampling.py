@@ -342,9 +342,7 @@ def report(
     for i in range(vocab_size):
         rank += logits[row, i] > logit
     if top_n > 0:
-        threshold, _, _ = _find_threshold(
-            weights, vocab_size, ZERO, top_n, 0.0, few_weights, few_ids
-        )
+        threshold, _, _ = _find_threshold(weights, vocab_size, ZERO, top_n, 0.0, few_weights, few_ids)
         number = _gather_between(weights, vocab_size, threshold, INFINITY, few_weights, few_ids)
         for n in range(top_n):
             best = -1

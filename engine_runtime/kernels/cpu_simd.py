@@ -5,7 +5,8 @@ exponentials and register tiles. A value of the numba type ``float32x16`` is an 
 register with AVX-512, two with AVX2. Each lane sees the same IEEE operations in the same order in every code
 path, which is what makes a sequence's result independent of the batch it is computed in.
 
-Arrays are C-contiguous float32 of any rank; offsets count elements of the flat array and are not checked.
+Arrays are C-contiguous, of any rank; offsets count elements of the flat array and are not checked. Elements
+are float32, or float16 in arrays that numba knows as uint16: loads widen them and stores round to nearest.
 """
 
 from __future__ import annotations
@@ -13,6 +14,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import llvmlite.binding as llvm
+import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 from numba.extending import intrinsic, models, register_model
@@ -20,10 +23,19 @@ from numba.extending import intrinsic, models, register_model
 LANES = 16
 STACK_FLOATS = 4096
 FLOAT = ir.FloatType()
+HALF = ir.HalfType()
 INT32 = ir.IntType(32)
 INT64 = ir.IntType(64)
 VECTOR = ir.VectorType(FLOAT, LANES)
 INT_VECTOR = ir.VectorType(INT32, LANES)
+
+
+def has_feature(name: str) -> bool:
+    """Whether numba compiles for a processor with this feature, by LLVM's name for it."""
+    features = numba.config.CPU_FEATURES
+    if features is not None:
+        return f"+{name}" in features.split(",")
+    return bool(llvm.get_host_cpu_features().get(name, False))
 
 
 def operation(generator: Callable[..., Any]) -> Any:
@@ -48,10 +60,11 @@ class _Float32x16Model(models.PrimitiveModel):  # type: ignore[misc]
 
 
 def memory_pointer(context: Any, builder: Any, memory_type: Any, memory: Any) -> Any:
-    """The float* to element 0 of a numba array, or of the memory at an address."""
-    if isinstance(memory_type, types.Array):
-        return context.make_array(memory_type)(context, builder, value=memory).data
-    return builder.inttoptr(memory, FLOAT.as_pointer())
+    """The float* or half* to element 0 of a numba array, or the float* to the memory at an address."""
+    if not isinstance(memory_type, types.Array):
+        return builder.inttoptr(memory, FLOAT.as_pointer())
+    data = context.make_array(memory_type)(context, builder, value=memory).data
+    return builder.bitcast(data, HALF.as_pointer()) if memory_type.dtype == types.uint16 else data
 
 
 def element_pointer(builder: Any, pointer: Any, offset: Any) -> Any:
@@ -59,11 +72,18 @@ def element_pointer(builder: Any, pointer: Any, offset: Any) -> Any:
 
 
 def load_vector(builder: Any, pointer: Any) -> Any:
-    return builder.load(builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
+    """16 elements at a float* or half*, as floats."""
+    vector_type = ir.VectorType(pointer.type.pointee, LANES)
+    size = 2 if pointer.type.pointee == HALF else 4
+    vector = builder.load(builder.bitcast(pointer, vector_type.as_pointer()), align=size)
+    return vector if size == 4 else builder.fpext(vector, VECTOR)
 
 
 def store_vector(builder: Any, vector: Any, pointer: Any) -> None:
-    builder.store(vector, builder.bitcast(pointer, VECTOR.as_pointer()), align=4)
+    vector_type = ir.VectorType(pointer.type.pointee, LANES)
+    size = 2 if pointer.type.pointee == HALF else 4
+    value = vector if size == 4 else builder.fptrunc(vector, vector_type)
+    builder.store(value, builder.bitcast(pointer, vector_type.as_pointer()), align=size)
 
 
 def splat_vector(builder: Any, value: Any) -> Any:
@@ -85,12 +105,13 @@ def fused_multiply_add(builder: Any, a: Any, b: Any, c: Any) -> Any:
 
 
 def memory_type(memory: Any) -> Any:
-    """The type of an argument that names memory: a contiguous float32 array, or an int64 address."""
+    """The type of an argument that names memory: a contiguous array, or an int64 address of floats."""
     if isinstance(memory, types.Integer):
         return types.int64
-    if isinstance(memory, types.Array) and memory.dtype == types.float32 and memory.layout == "C":
+    is_array = isinstance(memory, types.Array) and memory.layout == "C"
+    if is_array and memory.dtype in (types.float32, types.uint16):
         return memory
-    raise TypeError(f"a C-contiguous float32 array or an address is needed, not {memory}")
+    raise TypeError(f"a C-contiguous array of floats or an address is needed, not {memory}")
 
 
 @operation
@@ -122,7 +143,8 @@ def load_scalar(typing_context: Any, memory: Any, offset: Any) -> Any:
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = memory_pointer(context, builder, signature.args[0], arguments[0])
-        return builder.load(element_pointer(builder, pointer, arguments[1]), align=4)
+        value = builder.load(element_pointer(builder, pointer, arguments[1]))
+        return value if value.type == FLOAT else builder.fpext(value, FLOAT)
 
     return types.float32(memory_type(memory), types.int64), generate
 
@@ -133,7 +155,8 @@ def store_scalar(typing_context: Any, memory: Any, offset: Any, value: Any) -> A
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         pointer = memory_pointer(context, builder, signature.args[0], arguments[0])
-        builder.store(arguments[2], element_pointer(builder, pointer, arguments[1]), align=4)
+        value = arguments[2] if pointer.type.pointee == FLOAT else builder.fptrunc(arguments[2], HALF)
+        builder.store(value, element_pointer(builder, pointer, arguments[1]))
         return context.get_dummy_value()
 
     return types.void(memory_type(memory), types.int64, types.float32), generate

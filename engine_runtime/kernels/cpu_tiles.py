@@ -14,17 +14,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import llvmlite.binding as llvm
-import numba
 from llvmlite import ir
 from numba.core import cgutils, types
 
 from engine_runtime.kernels.cpu_simd import (
+    INT32,
     INT64,
     LANES,
     VECTOR,
     element_pointer,
     fused_multiply_add,
+    has_feature,
     load_vector,
     memory_pointer,
     memory_type,
@@ -34,15 +34,10 @@ from engine_runtime.kernels.cpu_simd import (
 )
 
 MAX_ROWS = 6
+PREFETCHING_ROWS = 4
 
 
-def _has_avx512() -> bool:
-    if numba.config.CPU_FEATURES is not None:
-        return "+avx512f" in numba.config.CPU_FEATURES
-    return bool(llvm.get_host_cpu_features().get("avx512f", False))
-
-
-VECTOR_COUNTS = (4, 2, 1) if _has_avx512() else (1,)
+VECTOR_COUNTS = (4, 2, 1) if has_feature("avx512f") else (1,)
 MAX_VECTORS = VECTOR_COUNTS[0]
 
 
@@ -87,6 +82,14 @@ def _block_address(
     )
 
 
+def _prefetch(builder: Any, pointer: Any) -> None:
+    """Asks for a line of memory, for the second-level cache."""
+    byte_pointer = ir.IntType(8).as_pointer()
+    signature = ir.FunctionType(ir.VoidType(), [byte_pointer, INT32, INT32, INT32])
+    function = cgutils.get_or_insert_function(builder.module, signature, "llvm.prefetch.p0")
+    builder.call(function, [builder.bitcast(pointer, byte_pointer), INT32(0), INT32(2), INT32(1)])
+
+
 def _table_pointer(context: Any, builder: Any, table_type: Any, table: Any, offset: Any) -> Any:
     data = context.make_array(table_type)(context, builder, value=table).data
     return element_pointer(builder, data, offset)
@@ -114,6 +117,9 @@ def scores_tile(
     block_table: Any,
     table_offset: Any,
     first_key: Any,
+    end: Any,
+    value_offset: Any,
+    value_stride: Any,
     scores: Any,
     scores_offset: Any,
     scores_stride: Any,
@@ -123,31 +129,49 @@ def scores_tile(
     ``rows`` is 1..6, ``vectors`` one of ``VECTOR_COUNTS``, ``first_key`` a multiple of 16. Key i of a
     sequence is in ``block_table[table_offset + i // block_size]``, where K^T [depth, block_size] begins at
     ``key_offset``.
+
+    A tile of few rows, as in decoding, waits for memory: it prefetches the values of its keys, which begin at
+    ``value_offset`` with rows of ``value_stride``, and the next keys if they are before ``end``.
     """
     integer = types.int64
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         row_count, vector_count, _, q_first, q_step, k_count, _, k_first, b_step, b_size = arguments[:10]
-        table_first, key, _, s_first, s_step = arguments[11:]
+        table_first, key, end, v_first, v_step, _, s_first, s_step = arguments[11:]
         q_base = memory_pointer(context, builder, signature.args[2], arguments[2])
         cache_base = memory_pointer(context, builder, signature.args[6], arguments[6])
         table = _table_pointer(context, builder, signature.args[10], arguments[10], table_first)
-        s_base = memory_pointer(context, builder, signature.args[13], arguments[13])
+        s_base = memory_pointer(context, builder, signature.args[16], arguments[16])
+
+        def locate(vector_key: Any, offset: Any, stride: Any) -> Any:
+            """The address of a key's part of its block, which begins at ``offset``."""
+            slot = builder.urem(vector_key, b_size)
+            block_index = builder.udiv(vector_key, b_size)
+            start = builder.add(offset, builder.mul(slot, stride))
+            return _block_address(builder, cache_base, table, block_index, b_step, start)
 
         def emit(rows: int, vectors: int) -> None:
             sums = [[cgutils.alloca_once(builder, VECTOR) for _ in range(vectors)] for _ in range(rows)]
             for total in (total for row in sums for total in row):
                 builder.store(ir.Constant(VECTOR, None), total)
             left = _row_pointers(builder, q_base, q_first, q_step, rows)
-            starts = []
+            starts, values, next_keys = [], [], []
             for n in range(vectors):
                 vector_key = builder.add(key, INT64(LANES * n))
-                offset = builder.add(k_first, builder.urem(vector_key, b_size))
-                block_index = builder.udiv(vector_key, b_size)
-                starts.append(_block_address(builder, cache_base, table, block_index, b_step, offset))
+                starts.append(locate(vector_key, k_first, INT64(1)))
+                if rows <= PREFETCHING_ROWS:
+                    next_key = builder.add(vector_key, INT64(LANES * vectors))
+                    is_inside = builder.icmp_signed("<", next_key, end)
+                    next_keys.append(locate(builder.select(is_inside, next_key, key), k_first, INT64(1)))
+                    values.append(locate(vector_key, v_first, v_step))
             with cgutils.for_range(builder, k_count) as loop:
                 row_of_keys = builder.mul(loop.index, b_size)
                 right = [element_pointer(builder, start, row_of_keys) for start in starts]
+                for pointer in next_keys:
+                    _prefetch(builder, element_pointer(builder, pointer, row_of_keys))
+                for pointer in values:
+                    row_of_values = builder.mul(loop.index, INT64(LANES))
+                    _prefetch(builder, element_pointer(builder, pointer, row_of_values))
                 _multiply_add_step(builder, sums, left, right, loop.index)
             for row, target in zip(sums, _row_pointers(builder, s_base, s_first, s_step, rows), strict=True):
                 for n, total in enumerate(row):
@@ -160,7 +184,8 @@ def scores_tile(
 
     signature = types.void(
         integer, integer, memory_type(q), integer, integer, integer, memory_type(cache), integer, integer,
-        integer, _check_table(block_table), integer, integer, memory_type(scores), integer, integer,
+        integer, _check_table(block_table), integer, integer, integer, integer, integer,
+        memory_type(scores), integer, integer,
     )  # fmt: skip
     return signature, generate
 

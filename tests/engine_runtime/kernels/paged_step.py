@@ -7,9 +7,16 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 
 from engine_runtime.kernels import reference
-from engine_runtime.kernels.cpu import KvCache, PagedAttention, StepLayout, allocate_kv_cache
+from engine_runtime.kernels.cpu import (
+    KvCache,
+    PagedAttention,
+    StepLayout,
+    allocate_kv_cache,
+    supports_float16,
+)
 
 FloatArray = npt.NDArray[np.float32]
 
@@ -45,11 +52,14 @@ class World:
     scale: float = 0.125
     sliding_window: int | None = None
     softcap: float | None = None
+    dtype: npt.DTypeLike = np.float32
     qkv: list[FloatArray] = field(init=False)
     block_tables: npt.NDArray[np.int32] = field(init=False)
     cache: KvCache = field(init=False)
 
     def __post_init__(self) -> None:
+        if self.dtype == np.float16 and not supports_float16():
+            pytest.skip("this processor cannot convert float16")
         rng = np.random.default_rng(self.seed)
         geometry = self.geometry
         self.qkv = [rng.standard_normal((n, geometry.qkv_size)).astype(np.float32) for n in self.lengths]
@@ -60,12 +70,12 @@ class World:
         angles = rng.uniform(0, 2 * np.pi, (max(self.lengths), geometry.head_dim // 2))
         self.cos, self.sin = np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32)
         self.cache = allocate_kv_cache(
-            1, num_blocks, geometry.block_size, geometry.num_kv_heads, geometry.head_dim
+            1, num_blocks, geometry.block_size, geometry.num_kv_heads, geometry.head_dim, self.dtype
         )
         self.clear()
 
     def clear(self) -> None:
-        self.cache.layers[0][:] = np.nan
+        self.cache.layers[0].view(self.dtype)[:] = np.nan
 
     def layout(self, shares: Sequence[Share]) -> StepLayout:
         """Entries of the block tables past the contexts name a block that does not exist."""
@@ -110,16 +120,17 @@ class World:
         return outputs
 
     def reference(self) -> list[npt.NDArray[np.float64]]:
-        """Every sequence without a cache, in float64."""
+        """Every sequence without a cache, in float64 but for the rounding of what the cache holds."""
         geometry = self.geometry
         outputs = []
         for qkv in self.qkv:
             heads = qkv.reshape(len(qkv), -1, geometry.head_dim)
             cos, sin = self.cos[: len(qkv)], self.sin[: len(qkv)]
+            keys = reference.rotate(heads[:, geometry.num_heads : -geometry.num_kv_heads], cos, sin)
             output = reference.attention(
                 reference.rotate(heads[:, : geometry.num_heads], cos, sin),
-                reference.rotate(heads[:, geometry.num_heads : -geometry.num_kv_heads], cos, sin),
-                heads[:, -geometry.num_kv_heads :],
+                keys.astype(self.dtype),
+                heads[:, -geometry.num_kv_heads :].astype(self.dtype),
                 scale=self.scale,
                 sliding_window=self.sliding_window,
                 softcap=self.softcap,

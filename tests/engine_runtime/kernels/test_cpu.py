@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import resource
 import threading
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from engine_runtime.kernels.cpu import (
     StepLayout,
     allocate_kv_cache,
     kv_block_bytes,
+    supports_float16,
     warm_up,
 )
 from tests.engine_runtime.kernels.paged_step import Geometry, Share, World, random_schedule
@@ -46,9 +48,18 @@ def test_equals_the_reference(geometry: Geometry, mask: dict[str, float]) -> Non
         np.testing.assert_allclose(actual, expected, atol=2e-5 if mask else 5e-6)
 
 
+@pytest.mark.parametrize("geometry", GEOMETRIES, ids=str)
+def test_a_float16_cache_only_rounds_keys_and_values(geometry: Geometry) -> None:
+    world = World(geometry, [1, 16, 17, 75, 131], seed=1, dtype=np.float16)
+    for actual, expected in zip(world.whole(), world.reference(), strict=True):
+        # A key that float32 and float64 round differently is off by 2**-11 of itself.
+        np.testing.assert_allclose(actual, expected, atol=2e-3)
+        assert np.abs(actual - expected).mean() < 5e-6
+
+
 @pytest.mark.parametrize("window", [None, 700])
 def test_equals_the_reference_over_several_chunks_of_keys(window: int | None) -> None:
-    world = World(Geometry(num_heads=2, num_kv_heads=1, head_dim=16), [1700], seed=2, sliding_window=window)
+    world = World(Geometry(num_heads=2, num_kv_heads=1, head_dim=16), [1100], seed=2, sliding_window=window)
     np.testing.assert_allclose(world.whole()[0], world.reference()[0], atol=5e-6)
 
 
@@ -60,11 +71,13 @@ def test_rising_scores_move_the_maximum_in_every_chunk() -> None:
     np.testing.assert_allclose(world.whole()[0], world.reference()[0], atol=2e-4)
 
 
-@pytest.mark.parametrize("mask", [{}, {"sliding_window": 45}, {"softcap": 5.0}], ids=str)
+@pytest.mark.parametrize(
+    "mask", [{}, {"sliding_window": 45}, {"softcap": 5.0}, {"dtype": np.float16}], ids=str
+)
 @pytest.mark.parametrize("geometry", [Geometry(), *GEOMETRIES[3:6]], ids=str)
-def test_batch_and_chunks_change_no_bit(geometry: Geometry, mask: dict[str, float]) -> None:
+def test_batch_and_chunks_change_no_bit(geometry: Geometry, mask: dict[str, Any]) -> None:
     rng = np.random.default_rng(4)
-    world = World(geometry, [1, 15, 64, 97, 150, 203, 570], seed=5, **mask)  # type: ignore[arg-type]
+    world = World(geometry, [1, 15, 64, 97, 150, 203, 570], seed=5, **mask)
     expected = world.whole()
     for _ in range(4):
         world.clear()
@@ -153,6 +166,20 @@ class TestCache:
         cache = allocate_kv_cache(30, 20_000, 16, 3, 64)
         assert cache.num_bytes > 13e9
         assert resident_kib() - before < 20_000
+
+    def test_float16_takes_half(self) -> None:
+        assert kv_block_bytes(16, 3, 72, np.float16) * 2 == kv_block_bytes(16, 3, 72)
+        if supports_float16():
+            assert allocate_kv_cache(2, 5, 16, 3, 72, np.float16).num_bytes == 5 * kv_block_bytes(16, 3, 72)
+
+    def test_other_types_are_refused(self) -> None:
+        with pytest.raises(ValueError, match="float32 or float16"):
+            allocate_kv_cache(1, 1, 16, 1, 8, np.float64)
+
+    def test_float16_needs_the_processor(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("engine_runtime.kernels.cpu.supports_float16", lambda: False)
+        with pytest.raises(RuntimeError, match="F16C"):
+            allocate_kv_cache(1, 1, 16, 1, 8, np.float16)
 
     def test_size_of_a_block(self) -> None:
         cache = allocate_kv_cache(2, 5, 16, 3, 72)

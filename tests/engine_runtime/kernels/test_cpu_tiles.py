@@ -24,7 +24,8 @@ def _scores(
     out: Float32Array,
 ) -> None:
     scores_tile(
-        rows, vectors, q, 1, 40, 33, cache, 7, 2000, block_size, table, 2, key, out, 3, 70,
+        rows, vectors, q, 1, 40, 33, cache, 7, 2000, block_size, table, 2, key, key + 16 * vectors,
+        7 + 33 * block_size, 48, out, 3, 70,
     )  # fmt: skip
 
 
