@@ -31,7 +31,7 @@ from engine_runtime.executors.step_record import (
 from engine_runtime.kernels.cpu import ROWS_PER_TILE
 from engine_runtime.kernels.cpu_attention import SCORES_STRIDE, attend, write_kv
 from engine_runtime.kernels.cpu_compile import kernel
-from engine_runtime.kernels.numpy_types import Float32Array, Int32Array
+from engine_runtime.kernels.numpy_types import Float32Array, Int32Array, KvArray
 
 # Words of the arguments.
 STEP = EXTRA
@@ -73,6 +73,20 @@ def _floats(address: int, size: int) -> Float32Array:
 
 
 @kernel
+def _float32_cache(arguments: int) -> KvArray:
+    size: int = load_int64(arguments, CACHE_SIZE)
+    array: KvArray = carray(void_pointer(load_int64(arguments, CACHE)), (size,), np.float32)
+    return array
+
+
+@kernel
+def _float16_cache(arguments: int) -> KvArray:
+    size: int = load_int64(arguments, CACHE_SIZE)
+    array: KvArray = carray(void_pointer(load_int64(arguments, CACHE)), (size,), np.uint16)
+    return array
+
+
+@kernel
 def _qkv_address(arguments: int) -> int:
     address: int = load_int64(arguments, QKV)
     if address == 0:
@@ -102,8 +116,26 @@ def dequantize_qkv(arguments: int, task: int) -> None:
     )
 
 
-def write_kv_of_sequences(arguments: int, task: int) -> None:
+def write_kv_float32(arguments: int, task: int) -> None:
     """Rotates the new keys and stores keys and values; a task is some of the sequences."""
+    _write_kv(arguments, task, _float32_cache(arguments))
+
+
+def write_kv_float16(arguments: int, task: int) -> None:
+    _write_kv(arguments, task, _float16_cache(arguments))
+
+
+def attend_float32(arguments: int, task: int) -> None:
+    """Attention; a task is some of the units, which are the KV heads of the tiles."""
+    _attend(arguments, task, _float32_cache(arguments))
+
+
+def attend_float16(arguments: int, task: int) -> None:
+    _attend(arguments, task, _float16_cache(arguments))
+
+
+@kernel
+def _write_kv(arguments: int, task: int, cache: KvArray) -> None:
     step = load_int64(arguments, STEP)
     num_sequences = load_int64(step, SEQUENCES)
     share = load_int64(step, SEQUENCES + 1)
@@ -116,7 +148,7 @@ def write_kv_of_sequences(arguments: int, task: int) -> None:
     block_tables = carray(void_pointer(load_int64(step, BLOCK_TABLES)), (num_sequences, width), np.int32)
     write_kv(
         _array(_qkv_address(arguments), num_tokens, load_int64(arguments, COLUMNS)),
-        _floats(load_int64(arguments, CACHE), load_int64(arguments, CACHE_SIZE)),
+        cache,
         _vector(load_int64(step, QUERY_START), num_sequences + 1),
         _vector(load_int64(step, CONTEXT_LEN), num_sequences),
         block_tables,
@@ -132,8 +164,8 @@ def write_kv_of_sequences(arguments: int, task: int) -> None:
     )
 
 
-def attend_units(arguments: int, task: int) -> None:
-    """Attention; a task is some of the units, which are the KV heads of the tiles."""
+@kernel
+def _attend(arguments: int, task: int, cache: KvArray) -> None:
     step = load_int64(arguments, STEP)
     share = load_int64(step, UNITS + 1)
     first = task * share
@@ -157,7 +189,7 @@ def attend_units(arguments: int, task: int) -> None:
     tiles = carray(void_pointer(load_int64(step, TILES)), (num_units // num_kv_heads, 3), np.int32)
     attend(
         _array(_qkv_address(arguments), num_tokens, load_int64(arguments, COLUMNS)),
-        _floats(load_int64(arguments, CACHE), load_int64(arguments, CACHE_SIZE)),
+        cache,
         _vector(load_int64(step, QUERY_START), num_sequences + 1),
         _vector(load_int64(step, CONTEXT_LEN), num_sequences),
         block_tables,
@@ -200,6 +232,6 @@ def quantize_attention(arguments: int, task: int) -> None:
 
 
 def scratch_bytes(num_heads: int, num_kv_heads: int, value_dim: int) -> int:
-    """Scratch memory of one task of ``attend_units``."""
+    """Scratch memory of one task of ``attend``."""
     rows = max(ROWS_PER_TILE, num_heads // num_kv_heads)
     return 4 * rows * (2 * value_dim + SCORES_STRIDE + 2)

@@ -172,7 +172,11 @@ class DecoderSession:
         )
         model = helper.make_model(
             lowered,
-            opset_imports=[helper.make_opsetid("", graph.opset), helper.make_opsetid(DOMAIN, 1)],
+            opset_imports=[
+                helper.make_opsetid("", graph.opset),
+                helper.make_opsetid(DOMAIN, 1),
+                helper.make_opsetid("com.microsoft", 1),
+            ],
             ir_version=graph.ir_version,
         )
         return bytes(model.SerializeToString())
@@ -198,19 +202,20 @@ class DecoderSession:
     def _attention_state(self, op_type: str, layer: int, rotation: int) -> int:
         config, operator = self._config, OPERATORS[op_type]
         from_sums, to_rows = operator.inputs == _SUMS, operator.outputs == _ROWS
+        kind = config.layers[layer]
+        cache = self._cache.layer(layer).data
+        is_float16 = cache.dtype == np.uint16
         kernels: list[tuple[Any, int]] = [
-            (attention.write_kv_of_sequences, SEQUENCES),
-            (attention.attend_units, UNITS),
+            (attention.write_kv_float16 if is_float16 else attention.write_kv_float32, SEQUENCES),
+            (attention.attend_float16 if is_float16 else attention.attend_float32, UNITS),
         ]
         if from_sums:
             kernels.insert(0, (attention.dequantize_qkv, TOKENS))
         if to_rows:
             kernels.append((attention.quantize_attention, TOKENS))
-        kind = config.layers[layer]
         if kind.rope not in self._rope:
             self._rope[kind.rope] = rope_tables(kind.rope, config.head_dim, self._max_len)
         cos, sin = self._rope[kind.rope]
-        cache = self._cache.layer(layer).data
         extra = np.zeros(attention.NUM_EXTRA, np.int64)
         first = attention.STEP
         extra[attention.STEP - first] = self.record.words.ctypes.data

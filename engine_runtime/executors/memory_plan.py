@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy.typing as npt
+
 from engine_runtime.kernels.cpu import kv_block_bytes
 from engine_runtime.model_config import ModelConfig
 
@@ -67,6 +69,7 @@ def make_plan(
     load_bytes: int,
     activation_bytes: int,
     block_size: int,
+    kv_dtype: npt.DTypeLike,
     max_model_len: int | None,
     max_num_seqs: int,
     kv_cache_bytes: int | None,
@@ -75,6 +78,7 @@ def make_plan(
     """Divides the memory.
 
     Args:
+        kv_dtype: float32 or float16.
         max_model_len: None takes what the model claims; less if ``kv_cache_bytes`` is None too and the
             memory holds less.
         kv_cache_bytes: None takes a part of the available memory, no more than ``max_num_seqs`` sequences
@@ -84,7 +88,7 @@ def make_plan(
         MemoryPlanError: it does not fit.
     """
     block_bytes = config.num_hidden_layers * kv_block_bytes(
-        block_size, config.num_key_value_heads, config.head_dim
+        block_size, config.num_key_value_heads, config.head_dim, kv_dtype
     )
     wanted_len = max_model_len or config.max_position_embeddings
     blocks_a_sequence = -(-wanted_len // block_size)

@@ -22,7 +22,7 @@ ZERO_POINT = 128
 _ZERO_POINT_NAME = "quantize/zero_point"
 _MULTIPLE = 16  # the row kernels work on whole vectors
 _SMALLEST = 64  # a matrix below that is faster as it is
-_LARGEST_ROTATION = 512
+LARGEST_ROTATION = 512
 
 
 def quantize_weight(
@@ -48,13 +48,17 @@ def quantize_weight(
     return np.bitwise_xor(q, ZERO_POINT, out=q).view(np.int8), scale / np.float32(rotation)
 
 
-def rotation_of(columns: int) -> int:
-    """How many neighbours are rotated together in a row of so many numbers."""
-    return min(columns & -columns, _LARGEST_ROTATION)
+def rotation_of(columns: int, largest: int = LARGEST_ROTATION) -> int:
+    """How many neighbours are rotated together: the largest power of two that divides a row's length."""
+    return min(columns & -columns, largest)
 
 
-def quantize_matmuls(graph: DecoderGraph) -> None:
-    """Replaces each product of activations and an eligible weight. Weights must be ``transposed`` already."""
+def quantize_matmuls(graph: DecoderGraph, largest_rotation: int = LARGEST_ROTATION) -> None:
+    """Replaces each product of activations and an eligible weight. Weights must be ``transposed`` already.
+
+    Args:
+        largest_rotation: 1 rotates nothing.
+    """
     quantized_rows: dict[str, tuple[str, str]] = {}
     nodes: list[onnx.NodeProto] = []
     for node in graph.nodes:
@@ -64,6 +68,7 @@ def quantize_matmuls(graph: DecoderGraph) -> None:
             continue
         x, name, y = node.input[0], node.input[1], node.output[0]
         columns, outputs = weight.shape
+        rotation = rotation_of(columns, largest_rotation)
         path = node.name.rpartition("/")[0]
         if x not in quantized_rows:
             quantized_rows[x] = (f"{path}/q", f"{path}/scale")
@@ -74,12 +79,12 @@ def quantize_matmuls(graph: DecoderGraph) -> None:
                     [x],
                     list(quantized_rows[x]),
                     columns=columns,
-                    rotation=rotation_of(columns),
+                    rotation=rotation,
                 )
             )
         q, scale = quantized_rows[x]
-        graph.weights[name] = weight.as_form("int8", rotation_of(columns))
-        graph.weights[f"{name}.scale"] = weight.as_form("scale", rotation_of(columns))
+        graph.weights[name] = weight.as_form("int8", rotation)
+        graph.weights[f"{name}.scale"] = weight.as_form("scale", rotation)
         nodes.append(
             helper.make_node(
                 "MatMulInteger", [q, name, _ZERO_POINT_NAME], [f"{path}/sums"], name=f"{path}/MatMulInteger"

@@ -17,6 +17,7 @@ def _plan(**changes: Any) -> MemoryPlan:
         "load_bytes": 500,
         "activation_bytes": 2000,
         "block_size": 16,
+        "kv_dtype": "float32",
         "max_model_len": 64,
         "max_num_seqs": 3,
         "kv_cache_bytes": None,
@@ -29,6 +30,10 @@ def test_block_holds_keys_and_values_of_all_layers() -> None:
     padded = -(-_CONFIG.head_dim // 16) * 16
     expected = 4 * _CONFIG.num_hidden_layers * 16 * _CONFIG.num_key_value_heads * (_CONFIG.head_dim + padded)
     assert _plan().block_bytes == expected
+
+
+def test_float16_halves_a_block() -> None:
+    assert 2 * _plan(kv_dtype="float16").block_bytes == _plan().block_bytes
 
 
 def test_default_pool_is_no_larger_than_all_sequences_need() -> None:
