@@ -11,17 +11,21 @@ on any number of threads, and again after a preemption.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from engine_runtime.kernels.cpu_sampling import BLOCK, apply_penalties, draw, find_maxima, report
+from engine_runtime.kernels.cpu_sampling import BLOCK, apply_penalties, draw_rows, find_maxima, report
 from engine_runtime.kernels.numpy_types import Float32Array, Float64Array, Int32Array
 from scheduler.messages import SampledToken, SamplingParams, TokenLogprobs
 
 # Below this temperature the most likely token is taken: logits divided by less leave the range of float32.
 GREEDY_TEMPERATURE = 1e-5
+# Logits that a thread draws from in about ten times the 50 us that waking another takes.
+_WORTH_WAKING = 600_000
+_Scratch = tuple[Float32Array, Float64Array, Float32Array, Int32Array]
 _MASK = (1 << 64) - 1
 
 
@@ -57,23 +61,28 @@ class SamplingRow:
 
 
 class Sampler:
-    """Samples one token a row. Holds scratch memory: use one object a thread.
+    """Samples one token a row. Holds scratch memory and threads: not for use by two threads at once.
 
     Args:
         vocab_size: columns of the logits.
-        num_threads: rows are shared among so many threads.
+        num_threads: draws are shared among so many threads where that is worth waking them.
     """
 
     def __init__(self, vocab_size: int, num_threads: int = 1) -> None:
         self.vocab_size = vocab_size
-        self.num_threads = num_threads
         padded = -(-vocab_size // BLOCK) * BLOCK
-        self._weights: Float32Array = np.empty(padded, np.float32)
-        self._block_sums: Float64Array = np.empty(padded // BLOCK, np.float64)
-        self._few_weights: Float32Array = np.empty(padded, np.float32)
-        self._few_ids: Int32Array = np.empty(padded, np.int32)
+        self._scratch: list[_Scratch] = [
+            (
+                np.empty(padded, np.float32),  # weights
+                np.empty(padded // BLOCK, np.float64),  # their sums, a block each
+                np.empty(padded, np.float32),  # a few of the weights
+                np.empty(padded, np.int32),  # and their token ids
+            )
+            for _ in range(max(1, num_threads))
+        ]
         self._counts: Int32Array = np.zeros(vocab_size, np.int32)
         self._is_seen: Int32Array = np.zeros(vocab_size, np.int32)
+        self._pool = ThreadPoolExecutor(num_threads - 1, "sampler") if num_threads > 1 else None
 
     def sample(self, logits: Float32Array, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """Chooses the next token of each row.
@@ -83,40 +92,33 @@ class Sampler:
             rows: one record for each row.
 
         Returns:
-            One record a row, in order. ``is_valid`` is False where the logits, as they came or after bias and
-            penalties, hold NaN or +inf or nothing finite; other rows are not affected.
+            One record a row, in order. ``is_valid`` is False where the logits, as they came or after bias
+            and penalties, hold NaN or +inf or nothing finite; other rows are not affected.
+
+        Raises:
+            ValueError: logits of another shape, dtype or layout.
         """
         self._check(logits, len(rows))
-        maxima, best, is_valid = self._find_maxima(logits)
-        tokens = best.tolist()
-        valid = is_valid.tolist()
-        raw: dict[int, tuple[Float32Array, float]] = {}
+        maxima, tokens, is_valid = _find_maxima(logits)
+        raw: dict[int, tuple[Float32Array, np.float32]] = {}
         for i, row in enumerate(rows):
-            if not valid[i]:
-                continue
-            params = row.params
-            if _changes_logits(row):
-                if params.logprobs is not None:
-                    raw[i] = logits[i : i + 1].copy(), float(maxima[i])
+            if is_valid[i] and _changes_logits(row):
+                if row.params.logprobs is not None:
+                    raw[i] = logits[i : i + 1].copy(), maxima[i]
                 self._change_logits(logits, i, row)
-                find_maxima(logits, i, i + 1, maxima, best, is_valid)
-                tokens[i] = int(best[i])
-                valid[i] = int(is_valid[i])
-                if not valid[i]:
-                    continue
-            if params.temperature >= GREEDY_TEMPERATURE:
-                tokens[i] = draw(
-                    logits, i, maxima[i], 1.0 / params.temperature, params.top_k, params.top_p, params.min_p,
-                    uniform(params.seed, len(row.token_ids)),
-                    self._weights, self._block_sums, self._few_weights, self._few_ids,
-                )  # fmt: skip
+                find_maxima(logits, i, i + 1, maxima, tokens, is_valid)
+        drawn = [
+            i for i, row in enumerate(rows) if row.params.temperature >= GREEDY_TEMPERATURE and is_valid[i]
+        ]
+        if drawn:
+            self._draw(logits, maxima, rows, drawn, tokens)
         sampled = []
-        for i, row in enumerate(rows):
+        for i, (row, token, valid) in enumerate(zip(rows, tokens.tolist(), is_valid.tolist(), strict=True)):
             logprobs = None
-            if row.params.logprobs is not None and valid[i]:
-                source, largest = raw.get(i) or (logits[i : i + 1], float(maxima[i]))
-                logprobs = self._report(source, 0, largest, tokens[i], row.params.logprobs)
-            sampled.append(SampledToken(row.request_id, tokens[i], logprobs, bool(valid[i])))
+            if row.params.logprobs is not None and valid:
+                source, largest = raw.get(i, (logits[i : i + 1], maxima[i]))
+                logprobs = self._report(source, 0, largest, token, row.params.logprobs)
+            sampled.append(SampledToken(row.request_id, token, logprobs, bool(valid)))
         return sampled
 
     def prompt_logprobs(
@@ -125,23 +127,59 @@ class Sampler:
         """How likely the model found given tokens.
 
         Args:
-            logits: float32 [num_tokens, vocab_size], contiguous.
+            logits: float32 [num_tokens, vocab_size], contiguous and writable, but not written.
             target_ids: [num_tokens], the token that followed each row.
             top_n: number of most likely tokens reported with each; 0 for none.
 
         Returns:
             One record a row. Where the logits hold NaN, +inf or nothing finite, the logprob is -inf and
             ``top`` empty.
+
+        Raises:
+            ValueError: logits of another shape, dtype or layout.
         """
-        targets = np.asarray(target_ids, np.int64).tolist()
+        targets: list[int] = np.asarray(target_ids, np.int64).tolist()
         self._check(logits, len(targets))
-        maxima, _, is_valid = self._find_maxima(logits)
+        maxima, _, is_valid = _find_maxima(logits)
         return tuple(
-            self._report(logits, i, float(maxima[i]), target, top_n)
+            self._report(logits, i, maxima[i], target, top_n)
             if is_valid[i]
             else TokenLogprobs(target, -np.inf, self.vocab_size)
             for i, target in enumerate(targets)
         )
+
+    def _draw(
+        self,
+        logits: Float32Array,
+        maxima: Float32Array,
+        rows: Sequence[SamplingRow],
+        drawn: list[int],
+        tokens: Int32Array,
+    ) -> None:
+        """Replaces the tokens of the rows ``drawn``."""
+        indices = np.array(drawn, np.int32)
+        params = [rows[i].params for i in drawn]
+        arguments = (
+            np.array([1.0 / p.temperature for p in params]),
+            np.array([p.top_k for p in params], np.int32),
+            np.array([p.top_p for p in params]),
+            np.array([p.min_p for p in params]),
+            np.array([uniform(rows[i].params.seed, len(rows[i].token_ids)) for i in drawn]),
+        )
+
+        def work(thread: int, first: int, last: int) -> None:
+            draw_rows(logits, maxima, indices, first, last, *arguments, *self._scratch[thread], tokens)
+
+        threads = len(self._scratch)
+        count = len(drawn)
+        if self._pool is None or count < threads or count * self.vocab_size < _WORTH_WAKING:
+            work(0, 0, count)
+            return
+        cuts = [count * i // threads for i in range(threads + 1)]
+        futures = [self._pool.submit(work, i, cuts[i], cuts[i + 1]) for i in range(1, threads)]
+        work(0, cuts[0], cuts[1])
+        for future in futures:
+            future.result()
 
     def _check(self, logits: Float32Array, num_rows: int) -> None:
         if logits.shape != (num_rows, self.vocab_size) or logits.dtype != np.float32:
@@ -150,14 +188,6 @@ class Sampler:
             )
         if not logits.flags.c_contiguous or not logits.flags.writeable:
             raise ValueError("logits must be contiguous and writable")
-
-    def _find_maxima(self, logits: Float32Array) -> tuple[Float32Array, Int32Array, Int32Array]:
-        num_rows = len(logits)
-        maxima = np.empty(num_rows, np.float32)
-        best = np.empty(num_rows, np.int32)
-        is_valid = np.empty(num_rows, np.int32)
-        find_maxima(logits, 0, num_rows, maxima, best, is_valid)
-        return maxima, best, is_valid
 
     def _change_logits(self, logits: Float32Array, i: int, row: SamplingRow) -> None:
         params = row.params
@@ -175,18 +205,25 @@ class Sampler:
             )  # fmt: skip
 
     def _report(
-        self, logits: Float32Array, i: int, largest: float, token_id: int, top_n: int
+        self, logits: Float32Array, i: int, largest: np.float32, token_id: int, top_n: int
     ) -> TokenLogprobs:
         top_n = min(top_n, self.vocab_size)
         top_ids = np.empty(top_n, np.int32)
         top_logprobs = np.empty(top_n, np.float64)
-        logprob, rank = report(
-            logits, i, largest, token_id, top_n,
-            self._weights, self._block_sums, self._few_weights, self._few_ids,
-            top_ids, top_logprobs,
-        )  # fmt: skip
+        logprob, rank = report(logits, i, largest, token_id, top_n, *self._scratch[0], top_ids, top_logprobs)
         top = tuple(zip(top_ids.tolist(), top_logprobs.tolist(), strict=True))
         return TokenLogprobs(token_id, logprob, rank, top)
+
+
+def _find_maxima(logits: Float32Array) -> tuple[Float32Array, Int32Array, Int32Array]:
+    """Of each row: the largest logit, where it is, whether the row is valid.
+
+    On one thread: the rows come from another core's cache as slowly for two.
+    """
+    count = len(logits)
+    maxima, tokens, is_valid = np.empty(count, np.float32), *np.empty((2, count), np.int32)
+    find_maxima(logits, 0, count, maxima, tokens, is_valid)
+    return maxima, tokens, is_valid
 
 
 def _forbids_stop(row: SamplingRow) -> bool:

@@ -41,6 +41,7 @@ INFINITY = np.float32(np.inf)
 ZERO = np.float32(0.0)
 SMALLEST = np.float32(2.0**-126)  # weights are normal numbers or zero
 ONE_BITS = 0x3F800000  # 1.0, the largest weight
+GUESS_BITS = 0x39800000  # 2**-12: most thresholds lie above it
 
 
 @kernel
@@ -222,7 +223,7 @@ def _find_threshold(
             )
             values = few_weights
             length = (number + LANES - 1) // LANES * LANES
-        middle = (low + high) // 2
+        middle = (low + high) // 2 if low >= GUESS_BITS or high <= GUESS_BITS else GUESS_BITS
         number, total = _sum_at_least(values, length, float_of(middle))
         number += number_gathered_above
         total += sum_gathered_above
@@ -280,6 +281,33 @@ def draw(
         total = _sum_blocks(weights, block_sums)
     token: int = _walk(weights, block_sums, uniform * total)
     return token
+
+
+@kernel
+def draw_rows(
+    logits: Float32Array,
+    maxima: Float32Array,
+    rows: Int32Array,
+    first: int,
+    last: int,
+    inverse_temperatures: Float64Array,
+    top_ks: Int32Array,
+    top_ps: Float64Array,
+    min_ps: Float64Array,
+    uniforms: Float64Array,
+    weights: Float32Array,
+    block_sums: Float64Array,
+    few_weights: Float32Array,
+    few_ids: Int32Array,
+    token_ids: Int32Array,
+) -> None:
+    """token_ids[rows[i]] = a token of row rows[i], drawn with the parameters at i, for first <= i < last."""
+    for i in range(first, last):
+        row = int(rows[i])
+        token_ids[row] = draw(
+            logits, row, maxima[row], inverse_temperatures[i], top_ks[i], top_ps[i], min_ps[i], uniforms[i],
+            weights, block_sums, few_weights, few_ids,
+        )  # fmt: skip
 
 
 @kernel
