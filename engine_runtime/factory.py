@@ -119,9 +119,7 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
         )
     finally:
         checkpoint.close()
-    executor = OnnxRuntimeExecutor(
-        spec, session, embedding, max_rows=_max_rows(config), num_threads=num_threads
-    )
+    executor = OnnxRuntimeExecutor(spec, session, embedding, max_rows=_max_rows(config))
     return executor, plan
 
 

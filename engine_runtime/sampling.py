@@ -5,13 +5,12 @@ A row of logits becomes a token in this order, which is vLLM's: forbid stop toke
 temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the logits as they came.
 
 The random number of a token is a hash of (seed, position), so a sequence gets the same tokens in any batch,
-on any number of threads, and again after a preemption.
+and again after a preemption.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,9 +22,6 @@ from scheduler.messages import SampledToken, SamplingParams, TokenLogprobs
 
 # Below this temperature the most likely token is taken: logits divided by less leave the range of float32.
 GREEDY_TEMPERATURE = 1e-5
-# Logits that a thread draws from in about ten times the 50 us that waking another takes.
-_WORTH_WAKING = 600_000
-_Scratch = tuple[Float32Array, Float64Array, Float32Array, Int32Array]
 _MASK = (1 << 64) - 1
 
 
@@ -61,28 +57,23 @@ class SamplingRow:
 
 
 class Sampler:
-    """Samples one token a row. Holds scratch memory and threads: not for use by two threads at once.
+    """Samples one token a row, on the calling thread. Holds scratch memory: use one object a thread.
 
     Args:
         vocab_size: columns of the logits.
-        num_threads: draws are shared among so many threads where that is worth waking them.
     """
 
-    def __init__(self, vocab_size: int, num_threads: int = 1) -> None:
+    def __init__(self, vocab_size: int) -> None:
         self.vocab_size = vocab_size
         padded = -(-vocab_size // BLOCK) * BLOCK
-        self._scratch: list[_Scratch] = [
-            (
-                np.empty(padded, np.float32),  # weights
-                np.empty(padded // BLOCK, np.float64),  # their sums, a block each
-                np.empty(padded, np.float32),  # a few of the weights
-                np.empty(padded, np.int32),  # and their token ids
-            )
-            for _ in range(max(1, num_threads))
-        ]
+        self._scratch: tuple[Float32Array, Float64Array, Float32Array, Int32Array] = (
+            np.empty(padded, np.float32),  # weights
+            np.empty(padded // BLOCK, np.float64),  # their sums, a block each
+            np.empty(padded, np.float32),  # a few of the weights
+            np.empty(padded, np.int32),  # and their token ids
+        )
         self._counts: Int32Array = np.zeros(vocab_size, np.int32)
         self._is_seen: Int32Array = np.zeros(vocab_size, np.int32)
-        self._pool = ThreadPoolExecutor(num_threads - 1, "sampler") if num_threads > 1 else None
 
     def sample(self, logits: Float32Array, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """Chooses the next token of each row.
@@ -157,29 +148,19 @@ class Sampler:
         tokens: Int32Array,
     ) -> None:
         """Replaces the tokens of the rows ``drawn``."""
-        indices = np.array(drawn, np.int32)
         params = [rows[i].params for i in drawn]
-        arguments = (
+        draw_rows(
+            logits,
+            maxima,
+            np.array(drawn, np.int32),
             np.array([1.0 / p.temperature for p in params]),
             np.array([p.top_k for p in params], np.int32),
             np.array([p.top_p for p in params]),
             np.array([p.min_p for p in params]),
             np.array([uniform(rows[i].params.seed, len(rows[i].token_ids)) for i in drawn]),
+            *self._scratch,
+            tokens,
         )
-
-        def work(thread: int, first: int, last: int) -> None:
-            draw_rows(logits, maxima, indices, first, last, *arguments, *self._scratch[thread], tokens)
-
-        threads = len(self._scratch)
-        count = len(drawn)
-        if self._pool is None or count < threads or count * self.vocab_size < _WORTH_WAKING:
-            work(0, 0, count)
-            return
-        cuts = [count * i // threads for i in range(threads + 1)]
-        futures = [self._pool.submit(work, i, cuts[i], cuts[i + 1]) for i in range(1, threads)]
-        work(0, cuts[0], cuts[1])
-        for future in futures:
-            future.result()
 
     def _check(self, logits: Float32Array, num_rows: int) -> None:
         if logits.shape != (num_rows, self.vocab_size) or logits.dtype != np.float32:
@@ -210,16 +191,13 @@ class Sampler:
         top_n = min(top_n, self.vocab_size)
         top_ids = np.empty(top_n, np.int32)
         top_logprobs = np.empty(top_n, np.float64)
-        logprob, rank = report(logits, i, largest, token_id, top_n, *self._scratch[0], top_ids, top_logprobs)
+        logprob, rank = report(logits, i, largest, token_id, top_n, *self._scratch, top_ids, top_logprobs)
         top = tuple(zip(top_ids.tolist(), top_logprobs.tolist(), strict=True))
         return TokenLogprobs(token_id, logprob, rank, top)
 
 
 def _find_maxima(logits: Float32Array) -> tuple[Float32Array, Int32Array, Int32Array]:
-    """Of each row: the largest logit, where it is, whether the row is valid.
-
-    On one thread: the rows come from another core's cache as slowly for two.
-    """
+    """Of each row: the largest logit, where it is, whether the row is valid."""
     count = len(logits)
     maxima, tokens, is_valid = np.empty(count, np.float32), *np.empty((2, count), np.int32)
     find_maxima(logits, 0, count, maxima, tokens, is_valid)

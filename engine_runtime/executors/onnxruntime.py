@@ -30,12 +30,10 @@ class OnnxRuntimeExecutor:
         embedding: EmbeddingTable,
         *,
         max_rows: int,
-        num_threads: int,
     ) -> None:
         """
         Args:
             max_rows: rows of logits that ``session`` computes in one run.
-            num_threads: for sampling.
         """
         self._spec = spec
         self._session = session
@@ -46,7 +44,7 @@ class OnnxRuntimeExecutor:
             max_rows,
             -(-spec.max_model_len // spec.block_size),
         )
-        self._sampler = Sampler(spec.vocab_size, num_threads)
+        self._sampler = Sampler(spec.vocab_size)
 
     @property
     def spec(self) -> ExecutorSpec:

@@ -288,8 +288,6 @@ def draw_rows(
     logits: Float32Array,
     maxima: Float32Array,
     rows: Int32Array,
-    first: int,
-    last: int,
     inverse_temperatures: Float64Array,
     top_ks: Int32Array,
     top_ps: Float64Array,
@@ -301,8 +299,8 @@ def draw_rows(
     few_ids: Int32Array,
     token_ids: Int32Array,
 ) -> None:
-    """token_ids[rows[i]] = a token of row rows[i], drawn with the parameters at i, for first <= i < last."""
-    for i in range(first, last):
+    """token_ids[rows[i]] = a token of row rows[i], drawn with the parameters at i."""
+    for i in range(len(rows)):
         row = int(rows[i])
         token_ids[row] = draw(
             logits, row, maxima[row], inverse_temperatures[i], top_ks[i], top_ps[i], min_ps[i], uniforms[i],

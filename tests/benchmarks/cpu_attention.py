@@ -2,14 +2,18 @@
 
     python -m tests.benchmarks.cpu_attention [--rounds 9] [--only decode]
 
-Each contestant does the whole job of a layer: rotary embedding, writing keys and values, attention over the blocks.
+Each contestant does the whole job of a layer: rotary embedding, writing keys and values, attention over the
+blocks.
 
-* ``kernel``: engine_runtime.kernels.cpu on one thread; ``kernel x2``: its work halved between two Python threads.
-* ``gather+ORT``: ONNX Runtime's GroupQueryAttention (rotary inside) over keys and values gathered from the blocks,
-  two threads; ``gather+BLAS``: numpy, a matrix product a KV head.
+* ``float32``, ``float16``: engine_runtime.kernels.cpu on one thread, by the type of the cache; ``float16
+x2``: its
+  work halved between two Python threads. (The executor runs the same kernels on ONNX Runtime's threads.)
+* ``gather+ORT``: ONNX Runtime's GroupQueryAttention (rotary inside) over keys and values gathered from the
+  blocks, on two threads; ``gather+BLAS``: numpy, a matrix product a KV head.
 
-Contestants take turns within a round; the table shows each one's median and best round in microseconds a layer. Every
-call works on another layer's cache, as in a model, so that the cache does not stay in the processor's.
+Contestants take turns within a round; the table shows each one's median and best round in microseconds a
+layer. Every call works on another layer's cache, as in a model, so that it does not stay in the processor's
+caches.
 """
 
 from __future__ import annotations
@@ -21,13 +25,13 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 import onnxruntime
 from onnx import TensorProto, helper
 
 from engine_runtime.kernels.cpu import (
     NO_WINDOW,
     ROWS_PER_TILE,
+    KvLayer,
     PagedAttention,
     StepLayout,
     allocate_kv_cache,
@@ -85,11 +89,14 @@ class Contest:
             tables,
         )
         self.block_size = block_size
-        cache = allocate_kv_cache(LAYERS, tables.size, block_size, KV_HEADS, HEAD_DIM)
+        sizes = (LAYERS, tables.size, block_size, KV_HEADS, HEAD_DIM)
+        cache, half_cache = (allocate_kv_cache(*sizes, dtype) for dtype in (np.float32, np.float16))
         self.layers = [cache.layer(i) for i in range(LAYERS)]
+        self.half_layers = [half_cache.layer(i) for i in range(LAYERS)]
         self.plain = []  # (keys, values) as [num_blocks, kv_heads, block_size, head_dim], for the others
-        for layer in self.layers:
+        for layer, half_layer in zip(self.layers, self.half_layers, strict=True):
             layer.data[:] = rng.standard_normal(layer.data.shape, np.float32)
+            half_layer.data[:] = layer.data.astype(np.float16).view(np.uint16)
             self.plain.append((layer.keys(), layer.values()))
         angle = rng.uniform(0, 6, (case.context, HEAD_DIM // 2))
         self.cos, self.sin = np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
@@ -100,13 +107,17 @@ class Contest:
         self.scratch = [self._scratch() for _ in range(2)]
         self.session = self._session()
 
-    def kernel(self, layer: int) -> Float32Array:
-        self.attention(
-            self.qkv, self.layers[layer], self.layout, self.cos, self.sin, self.out, scale=HEAD_DIM**-0.5
-        )
+    def float32(self, layer: int) -> Float32Array:
+        return self._one_thread(self.layers[layer])
+
+    def float16(self, layer: int) -> Float32Array:
+        return self._one_thread(self.half_layers[layer])
+
+    def _one_thread(self, layer: KvLayer) -> Float32Array:
+        self.attention(self.qkv, layer, self.layout, self.cos, self.sin, self.out, scale=HEAD_DIM**-0.5)
         return self.out
 
-    def kernel_on_two_threads(self, layer: int) -> Float32Array:
+    def float16_on_two_threads(self, layer: int) -> Float32Array:
         sequences = self.case.sequences
         units = len(self.layout.tiles(GROUP)) * KV_HEADS
         for work, count in ((self._write, sequences), (self._attend, units)):
@@ -166,16 +177,17 @@ class Contest:
 
     def _write(self, layer: int, thread: int, first: int, last: int) -> None:
         write_kv(
-            self.qkv, self.layers[layer].data, self.layout.query_start, self.layout.context_len,
-            self.layout.block_tables, self.cos, self.sin, HEADS, KV_HEADS, HEAD_DIM, padded_head_dim(HEAD_DIM),
-            self.block_size, first, last,
+            self.qkv, self.half_layers[layer].data, self.layout.query_start, self.layout.context_len,
+            self.layout.block_tables, self.cos, self.sin, HEADS, KV_HEADS, HEAD_DIM,
+            padded_head_dim(HEAD_DIM), self.block_size, first, last,
         )  # fmt: skip
 
     def _attend(self, layer: int, thread: int, first: int, last: int) -> None:
         attend(
-            self.qkv, self.layers[layer].data, self.layout.query_start, self.layout.context_len,
-            self.layout.block_tables, self.cos, self.sin, HEADS, KV_HEADS, HEAD_DIM, padded_head_dim(HEAD_DIM),
-            self.block_size, HEAD_DIM**-0.5, NO_WINDOW, 0.0, self.layout.tiles(GROUP), first, last,
+            self.qkv, self.half_layers[layer].data, self.layout.query_start, self.layout.context_len,
+            self.layout.block_tables, self.cos, self.sin, HEADS, KV_HEADS, HEAD_DIM,
+            padded_head_dim(HEAD_DIM), self.block_size, HEAD_DIM**-0.5, NO_WINDOW, 0.0,
+            self.layout.tiles(GROUP), first, last,
             *self.scratch[thread], self.out,
         )  # fmt: skip
 
@@ -213,7 +225,7 @@ class Contest:
         outputs = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in node.output]
         model = helper.make_model(
             helper.make_graph([node], "attention", inputs, outputs),
-            opset_imports=[onnx.OperatorSetIdProto(version=21), onnx.OperatorSetIdProto(domain="com.microsoft", version=1)],
+            opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)],
             ir_version=10,
         )  # fmt: skip
         options = onnxruntime.SessionOptions()
@@ -224,15 +236,16 @@ class Contest:
 def run(case: Case, block_size: int, rounds: int) -> None:
     contest = Contest(case, block_size)
     contestants: dict[str, Callable[[int], Float32Array]] = {
-        "kernel": contest.kernel,
-        "kernel x2": contest.kernel_on_two_threads,
+        "float32": contest.float32,
+        "float16": contest.float16,
+        "float16 x2": contest.float16_on_two_threads,
         "gather+ORT": contest.gather_and_ort,
         "gather+BLAS": contest.gather_and_blas,
     }
-    expected = contest.kernel(0).copy()
+    expected = contest.float32(0).copy()
     for name, contestant in contestants.items():
         difference = float(np.abs(contestant(0) - expected).max())
-        if not difference < 1e-4:
+        if not difference < (1e-2 if "16" in name else 1e-4):
             raise AssertionError(f"{name} is off by {difference}")
     times: dict[str, list[float]] = {name: [] for name in contestants}
     for _ in range(rounds):
@@ -242,7 +255,7 @@ def run(case: Case, block_size: int, rounds: int) -> None:
                 contestant(layer)
             times[name].append((time.perf_counter() - start) / LAYERS * 1e6)
     cells = [f"{np.median(t):.0f} / {min(t):.0f}" for t in times.values()]
-    speed = case.flops / min(times["kernel"]) / 1e3
+    speed = case.flops / min(times["float32"]) / 1e3
     print(f"| {case.name} | " + " | ".join(cells) + f" | {speed:.0f} |", flush=True)
 
 
@@ -254,8 +267,8 @@ def main() -> None:
     parser.add_argument("--block-size", type=int, default=16)
     parser.add_argument("--only", default="", help="cases whose name contains this")
     arguments = parser.parse_args()
-    print("| case | kernel | kernel x2 | gather+ORT x2 | gather+BLAS | kernel GFLOP/s |")
-    print("|---|---|---|---|---|---|")
+    print("| case | float32 | float16 | float16 x2 | gather+ORT x2 | gather+BLAS | GFLOP/s (float32) |")
+    print("|---|---|---|---|---|---|---|")
     for case in CASES:
         if arguments.only in case.name:
             run(case, arguments.block_size, arguments.rounds)
