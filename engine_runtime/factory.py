@@ -21,7 +21,13 @@ from engine_runtime.kernels.cpu import allocate_kv_cache, supports_float16
 from engine_runtime.weights.checkpoint import Checkpoint, open_checkpoint
 from engine_runtime.weights.errors import CheckpointError
 from scheduler.executor import Executor
-from scheduler.messages import ExecutorSpec
+from scheduler.messages import (
+    ExecutorSpec,
+    NewSequence,
+    SamplingParams,
+    ScheduledSequence,
+    SchedulerOutput,
+)
 
 __all__ = [
     "CheckpointError",
@@ -104,7 +110,7 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
             max_sampled=_max_rows(config),
             max_len=plan.max_model_len,
             num_threads=num_threads,
-            progress=lambda done, total: report("weights", done, total),
+            progress=report,
         )
         dtype = "int8" if is_quantized else "float32"
         spec = ExecutorSpec(
@@ -120,7 +126,19 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
     finally:
         checkpoint.close()
     executor = OnnxRuntimeExecutor(spec, session, embedding, max_rows=_max_rows(config))
+    report("first step", 0, 1)
+    _warm_up(executor)
+    report("first step", 1, 1)
     return executor, plan
+
+
+def _warm_up(executor: Executor) -> None:
+    """One token through everything, so that the first request waits for nothing."""
+    params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, prompt_logprobs=1)
+    new = NewSequence("warm-up", (0, 0), 2, 0, (0,), params)
+    share = ScheduledSequence("warm-up", 0, 2, (), True)
+    executor.execute(SchedulerOutput(0, (new,), (share,), ())).result()
+    executor.execute(SchedulerOutput(1, (), (), ("warm-up",))).result()
 
 
 def _max_rows(config: RuntimeConfig) -> int:

@@ -74,6 +74,7 @@ class Sampler:
         )
         self._counts: Int32Array = np.zeros(vocab_size, np.int32)
         self._is_seen: Int32Array = np.zeros(vocab_size, np.int32)
+        self._compile()
 
     def sample(self, logits: Float32Array, rows: Sequence[SamplingRow]) -> list[SampledToken]:
         """Chooses the next token of each row.
@@ -138,6 +139,12 @@ class Sampler:
             else TokenLogprobs(target, -np.inf, self.vocab_size)
             for i, target in enumerate(targets)
         )
+
+    def _compile(self) -> None:
+        """Uses every kernel once, so that no request waits for the compiler."""
+        params = SamplingParams(top_p=0.5, repetition_penalty=2.0, logprobs=1)
+        row = SamplingRow("", params, np.zeros(1, np.int32), 1)
+        self.sample(np.zeros((1, self.vocab_size), np.float32), [row])
 
     def _draw(
         self,

@@ -67,7 +67,7 @@ class DecoderSession:
         max_sampled: int,
         max_len: int,
         num_threads: int,
-        progress: Callable[[int, int], None] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
         profile_prefix: Path | None = None,
     ) -> None:
         """Reads the weights and compiles the graph.
@@ -75,7 +75,7 @@ class DecoderSession:
         Args:
             max_tokens, max_sampled: largest step.
             max_len: positions that the rotary tables cover.
-            progress: called with (weights read, weights in all).
+            progress: called with (what is being done, how much is done, how much there is).
 
         Raises:
             CheckpointError: a tensor cannot be read.
@@ -97,13 +97,18 @@ class DecoderSession:
         self.logits = np.empty((max_sampled, config.vocab_size), np.float32)
         self._bound = (-1, -1)
 
+        report = progress or (lambda what, done, total: None)
+        kernels = self._kernels(graph)
+        for i, kernel in enumerate(kernels):
+            report("kernels", i, len(kernels))
+            compiled(kernel)
+        report("kernels", len(kernels), len(kernels))
         model = self._lower(graph)
         weights: dict[str, npt.NDArray[Any]] = {}
         for i, (name, stored) in enumerate(graph.weights.items()):
             if name not in weights:
                 weights.update(_load(name, stored, checkpoint))
-            if progress is not None:
-                progress(i + 1, len(graph.weights))
+            report("weights", i + 1, len(graph.weights))
         used = {node.op_type for node in graph.nodes if node.domain == DOMAIN}
         self._session = OrtSession(
             model,
@@ -181,6 +186,30 @@ class DecoderSession:
         )
         return bytes(model.SerializeToString())
 
+    def _kernels(self, graph: DecoderGraph) -> list[Any]:
+        """What the graph needs compiled: seconds the first time, then read from numba's cache on disk."""
+        found: dict[Any, None] = {}
+        for op_type in sorted({node.op_type for node in graph.nodes if node.domain == DOMAIN}):
+            if op_type in ROW_KERNELS:
+                found[ROW_KERNELS[op_type]] = None
+            else:
+                found.update(dict.fromkeys(kernel for kernel, _ in self._attention_kernels(op_type)))
+        return list(found)
+
+    def _attention_kernels(self, op_type: str) -> list[tuple[Any, int]]:
+        """The kernels of an attention, in order, and where in the step record each finds its cut."""
+        operator = OPERATORS[op_type]
+        if self._cache.layer(0).data.dtype == np.uint16:
+            write, attend = attention.write_kv_float16, attention.attend_float16
+        else:
+            write, attend = attention.write_kv_float32, attention.attend_float32
+        kernels: list[tuple[Any, int]] = [(write, SEQUENCES), (attend, UNITS)]
+        if operator.inputs == _SUMS:
+            kernels.insert(0, (attention.dequantize_qkv, TOKENS))
+        if operator.outputs == _ROWS:
+            kernels.append((attention.quantize_attention, TOKENS))
+        return kernels
+
     def _node_state(self, op_type: str, attributes: dict[str, Any], rows: int) -> int:
         if op_type.startswith("Attention"):
             return self._attention_state(
@@ -204,15 +233,6 @@ class DecoderSession:
         from_sums, to_rows = operator.inputs == _SUMS, operator.outputs == _ROWS
         kind = config.layers[layer]
         cache = self._cache.layer(layer).data
-        is_float16 = cache.dtype == np.uint16
-        kernels: list[tuple[Any, int]] = [
-            (attention.write_kv_float16 if is_float16 else attention.write_kv_float32, SEQUENCES),
-            (attention.attend_float16 if is_float16 else attention.attend_float32, UNITS),
-        ]
-        if from_sums:
-            kernels.insert(0, (attention.dequantize_qkv, TOKENS))
-        if to_rows:
-            kernels.append((attention.quantize_attention, TOKENS))
         if kind.rope not in self._rope:
             self._rope[kind.rope] = rope_tables(kind.rope, config.head_dim, self._max_len)
         cos, sin = self._rope[kind.rope]
@@ -238,7 +258,10 @@ class DecoderSession:
         extra[attention.FIRST_OUTPUT - first] = ADDRESSES + len(operator.inputs)
         return self._table.add_node(
             rows=TOKENS,
-            kernels=[(compiled(kernel).address, cut + NUM_TASKS) for kernel, cut in kernels],
+            kernels=[
+                (compiled(kernel).address, cut + NUM_TASKS)
+                for kernel, cut in self._attention_kernels(op_type)
+            ],
             num_inputs=len(operator.inputs),
             output_columns=_output_columns(operator, config.q_size),
             columns=config.qkv_size,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -252,22 +251,3 @@ def _check(name: str, array: Float32Array, shape: tuple[int, ...]) -> None:
         raise ValueError(
             f"{name} must be contiguous float32 {list(shape)}, not {array.dtype} {list(array.shape)}"
         )
-
-
-def warm_up(
-    progress: Callable[[str, int, int], None] | None = None, dtype: npt.DTypeLike = np.float32
-) -> None:
-    """Compiles the kernels for a cache of ``dtype``, or loads them from numba's cache on disk.
-
-    Args:
-        progress: called with (what, number done, number in all).
-    """
-    if progress is not None:
-        progress("CPU kernels", 0, 1)
-    cache = allocate_kv_cache(1, 1, LANES, 1, 8, dtype)
-    layout = StepLayout(np.array([0, 1]), np.array([1]), np.array([[0]]))
-    table = np.ones((1, 4), np.float32)
-    qkv = np.ones((1, 24), np.float32)
-    PagedAttention()(qkv, cache.layer(0), layout, table, table, np.empty((1, 8), np.float32), scale=1.0)
-    if progress is not None:
-        progress("CPU kernels", 1, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -165,7 +166,15 @@ def test_logits_that_are_not_finite_fail_their_own_sequence(smollm2_int8: Execut
     assert healed.sampled[0] == broken.sampled[0]
 
 
-def test_spec_and_shutdown(smollm2_int8: Executor) -> None:
+def test_threads_sleep_between_steps(smollm2_int8: Executor) -> None:
+    smollm2_int8.execute(_prompt_step("a", _PROMPTS[6], tuple(range(7)))).result()
+    time.sleep(0.05)
+    before = time.process_time()
+    time.sleep(0.5)
+    assert time.process_time() - before < 0.05  # a spinning thread would have used 0.5
+
+
+def test_spec(smollm2_int8: Executor) -> None:
     spec = smollm2_int8.spec
     assert smollm2_int8.max_in_flight == 1
     assert (spec.vocab_size, spec.block_size, spec.max_model_len) == (49152, 16, 2048)
