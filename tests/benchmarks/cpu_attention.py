@@ -5,9 +5,8 @@
 Each contestant does the whole job of a layer: rotary embedding, writing keys and values, attention over the
 blocks.
 
-* ``float32``, ``float16``: engine_runtime.kernels.cpu on one thread, by the type of the cache; ``float16
-x2``: its
-  work halved between two Python threads. (The executor runs the same kernels on ONNX Runtime's threads.)
+* ``float32``, ``float16``: engine_runtime.kernels.cpu on one thread, by the type of the cache.
+* ``float16 x2``: its work halved between two Python threads. (The executor uses ONNX Runtime's threads.)
 * ``gather+ORT``: ONNX Runtime's GroupQueryAttention (rotary inside) over keys and values gathered from the
   blocks, on two threads; ``gather+BLAS``: numpy, a matrix product a KV head.
 

@@ -358,6 +358,22 @@ class TestLogprobs:
         assert second.logprob == pytest.approx(-np.log(32))
 
 
+def test_a_new_sampler_has_compiled_its_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    sampler = Sampler(64)
+
+    def fail(*_: object) -> None:
+        raise AssertionError("a kernel is compiled during a request")
+
+    monkeypatch.setattr("numba.core.dispatcher.Dispatcher.compile", fail)
+    rows = [
+        record(temperature=0.0),
+        record(top_k=3, min_p=0.1, logprobs=5, presence_penalty=0.5),
+        record(min_tokens=5, stop_token_ids=(1,), logit_bias=((2, 1.0),)),
+    ]
+    sampler.sample(np.zeros((3, 64), np.float32), rows)
+    sampler.prompt_logprobs(np.zeros((3, 64), np.float32), [1, 2, 3], 2)
+
+
 class TestArguments:
     def test_wrong_logits_are_refused(self) -> None:
         sampler = Sampler(8)

@@ -16,7 +16,6 @@ from engine_runtime.kernels.cpu import (
     allocate_kv_cache,
     kv_block_bytes,
     supports_float16,
-    warm_up,
 )
 from tests.engine_runtime.kernels.paged_step import Geometry, Share, World, random_schedule
 
@@ -85,6 +84,15 @@ def test_batch_and_chunks_change_no_bit(geometry: Geometry, mask: dict[str, Any]
             for share, output in zip(shares, world.step(shares), strict=True):
                 alone = expected[share.sequence][share.start : share.start + share.count]
                 assert output.tobytes() == alone.tobytes()
+
+
+def test_chunks_of_keys_do_not_depend_on_where_a_window_begins() -> None:
+    geometry = Geometry(num_heads=2, num_kv_heads=1, head_dim=16)
+    world = World(geometry, [1300], seed=10, sliding_window=700)
+    expected = world.whole()[0]
+    for shares in random_schedule(np.random.default_rng(11), world.lengths):
+        output = world.step(shares)[0]
+        assert output.tobytes() == expected[shares[0].start : shares[0].start + shares[0].count].tobytes()
 
 
 def test_a_poisoned_sequence_keeps_to_itself() -> None:
@@ -251,11 +259,3 @@ def test_wrong_arrays_are_refused() -> None:
             attention(wrong_qkv, layer, layout, world.cos, world.sin, wrong_out, scale=1.0)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="positions"):
         attention(qkv, layer, layout, world.cos[:19], world.sin[:19], out, scale=1.0)
-
-
-def test_warm_up_reports_progress() -> None:
-    calls: list[tuple[str, int, int]] = []
-    warm_up(lambda what, done, total: calls.append((what, done, total)))
-    assert calls[0][1] == 0
-    assert calls[-1][1] == calls[-1][2]
-    assert [done for _, done, _ in calls] == sorted(done for _, done, _ in calls)
