@@ -10,7 +10,7 @@ from typing import Literal
 import numpy as np
 import numpy.typing as npt
 
-from engine_runtime.executors.cpu_limits import available_memory, usable_cores
+from engine_runtime.executors.cpu_limits import available_memory, return_freed_memory, usable_cores
 from engine_runtime.executors.decoder_graph import DecoderGraph, build_decoder, transpose_weights
 from engine_runtime.executors.decoder_session import DecoderSession
 from engine_runtime.executors.embedding import EmbeddingTable
@@ -126,6 +126,7 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
     finally:
         checkpoint.close()
     executor = OnnxRuntimeExecutor(spec, session, embedding, max_rows=_max_rows(config))
+    return_freed_memory()
     report("first step", 0, 1)
     _warm_up(executor)
     report("first step", 1, 1)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -39,6 +41,13 @@ def available_memory() -> int:
             if maximum is not None and current is not None and maximum < _UNLIMITED:
                 available = min(available, max(0, maximum - current + _reclaimable(folder)))
     return available
+
+
+def return_freed_memory() -> None:
+    """Gives freed heap memory back to the system; after loading, glibc holds all weights once more."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
 
 
 def _siblings(processor: int) -> str:
