@@ -17,7 +17,7 @@ from engine_runtime.executors.embedding import EmbeddingTable
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError, make_plan
 from engine_runtime.executors.onnxruntime import OnnxRuntimeExecutor
 from engine_runtime.executors.quantization import fuse_quantized, quantize_matmuls
-from engine_runtime.kernels.cpu import allocate_kv_cache, supports_float16
+from engine_runtime.kernels.cpu import allocate_kv_cache, multiplies_int8_exactly, supports_float16
 from engine_runtime.weights.checkpoint import Checkpoint, open_checkpoint
 from engine_runtime.weights.errors import CheckpointError
 from scheduler.executor import Executor
@@ -50,8 +50,8 @@ class RuntimeConfig:
 
     Attributes:
         model_path: a folder in Hugging Face format or a .gguf file.
-        dtype: ``float32`` is exact; ``int8`` quantizes the matrix products; ``auto`` is the faster of the
-        two.
+        dtype: ``float32`` is exact; ``int8`` quantizes the matrix products; ``auto`` is int8
+            where the processor multiplies 8-bit numbers exactly (VNNI), else float32.
         max_model_len: longest sequence; None: what the model claims, if memory allows.
         kv_cache_bytes: None: a part of the memory that is available.
         num_threads: None: one for each core that this process may use.
@@ -149,7 +149,7 @@ def _max_rows(config: RuntimeConfig) -> int:
 def _decoder_graph(config: RuntimeConfig, checkpoint: Checkpoint) -> DecoderGraph:
     graph = build_decoder(checkpoint.config)
     transpose_weights(graph)
-    if config.dtype != "float32":
+    if config.dtype == "int8" or (config.dtype == "auto" and multiplies_int8_exactly()):
         quantize_matmuls(graph)
         fuse_quantized(graph)
     return graph

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import platform
 from dataclasses import dataclass
 
 import numpy as np
@@ -73,6 +74,19 @@ def padded_head_dim(head_dim: int) -> int:
 def supports_float16() -> bool:
     """Whether the processor converts float16 (F16C, since 2012), so that a cache may be float16."""
     return has_feature("f16c")
+
+
+def multiplies_int8_exactly() -> bool:
+    """Whether sums of uint8 x int8 products are exact.
+
+    On x86 that takes VNNI: without it, ONNX Runtime adds pairs of products in 16 bits, which saturate
+    (maddubs). Other processors have no such instruction.
+    """
+    return (
+        platform.machine().lower() not in ("x86_64", "amd64")
+        or has_feature("avx512vnni")
+        or has_feature("avxvnni")
+    )
 
 
 def kv_block_bytes(

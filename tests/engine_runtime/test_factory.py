@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from engine_runtime import factory
 from engine_runtime.factory import (
     CheckpointError,
     MemoryPlanError,
@@ -29,7 +30,19 @@ def test_every_architecture_generates_what_transformers_does(architecture: str, 
     executor.shutdown()
 
 
-def test_auto_is_int8_and_names_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("is_exact", "dtype"), [(True, "int8"), (False, "float32")])
+def test_auto_is_int8_where_its_sums_are_exact(
+    is_exact: bool, dtype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factory, "multiplies_int8_exactly", lambda: is_exact)
+    config = RuntimeConfig(write_tiny_checkpoint("llama", tmp_path), max_num_batched_tokens=32)
+    executor, _ = create_executor(config)
+    assert executor.spec.device.endswith(f", {dtype})")
+    executor.shutdown()
+
+
+def test_the_device_is_named_and_loading_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factory, "multiplies_int8_exactly", lambda: True)
     path = write_tiny_checkpoint("llama", tmp_path)
     stages: list[tuple[str, int, int]] = []
     config = RuntimeConfig(path, max_num_seqs=3, max_num_batched_tokens=32, num_threads=1)
