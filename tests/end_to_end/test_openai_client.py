@@ -12,7 +12,8 @@ from openai import AsyncOpenAI, OpenAI
 from tests.end_to_end.server_process import ServerProcess
 
 MODEL = "smollm2-135m-instruct"
-QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
+# An answer of which this small model is sure: int8 and float32 agree, every token leads by over 1 in logits.
+QUESTION = [{"role": "user", "content": "Name the capital of France."}]
 
 
 @pytest.fixture(scope="module")
