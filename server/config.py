@@ -155,7 +155,7 @@ class ServerConfig:
         64, _integer(1, 4096), "sequences in one step at most", group="scheduling", metavar="N"
     )
     max_num_batched_tokens: int = _flag(
-        2048,
+        512,
         _integer(1, 2**20),
         "tokens in one step at most: longer prompts are computed in chunks",
         group="scheduling",
