@@ -4,9 +4,13 @@ tokens.
 The model has steps whose two best logits are closer than float32 can tell. There either token is right, and
 since the text goes on differently after the other one, the rest of that prompt is not compared;
 ``Recording.check_tokens`` knows.
+
+All prompts run sixteen at a time; the other modes take a part of them, or all with INFLIGHTD_ALL_PROMPTS=1.
 """
 
 from __future__ import annotations
+
+import os
 
 import pytest
 
@@ -16,6 +20,10 @@ from tests.engine_runtime.executors.generation import Generated, Limited, genera
 from tests.reference.recordings import Recording, load_recordings
 
 _NUM_TOKENS = 64
+
+
+def _part(recordings: list[Recording], part: slice) -> list[Recording]:
+    return recordings if os.environ.get("INFLIGHTD_ALL_PROMPTS") == "1" else recordings[part]
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +48,7 @@ def _run(executor: Executor, recordings: list[Recording]) -> tuple[list[Generate
 
 def test_alone(smollm2_float32: Executor, recordings: list[Recording]) -> None:
     # A step of one sequence reads all weights for one token: every eighth prompt, from 2 to 600 tokens.
-    for recording in recordings[1::8]:
+    for recording in _part(recordings, slice(1, None, 8)):
         _run(smollm2_float32, [recording])
 
 
@@ -51,7 +59,7 @@ def test_sixteen_at_a_time(smollm2_float32: Executor, recordings: list[Recording
 
 def test_chunked_at_32_tokens(smollm2_float32: Executor, recordings: list[Recording]) -> None:
     limited = Limited(smollm2_float32, max_num_seqs=8, max_num_batched_tokens=32)
-    _run(limited, recordings[1::2])  # 2 to 1,500 tokens
+    _run(limited, _part(recordings, slice(1, None, 2)))  # 2 to 1,500 tokens
     assert max(step.num_tokens for step in limited.steps) == 32
     chunks = [s for step in limited.steps for s in step.scheduled if not s.samples]
     assert len(chunks) > 100
@@ -59,7 +67,8 @@ def test_chunked_at_32_tokens(smollm2_float32: Executor, recordings: list[Record
 
 def test_prefix_hits(smollm2_float32: Executor, recordings: list[Recording]) -> None:
     # The second eight start as the first eight end, and find all full blocks of their prompts but the last.
-    some = [recording for recording in recordings[3::4] if len(recording.prompt_token_ids) > 16]
+    part = _part(recordings, slice(3, None, 4))
+    some = [recording for recording in part if len(recording.prompt_token_ids) > 16]
     limited = Limited(smollm2_float32, max_num_seqs=len(some))
     results, stats = _run(limited, some + some)
     assert all(result.num_cached_tokens >= 16 for result in results[len(some) :])
@@ -67,9 +76,9 @@ def test_prefix_hits(smollm2_float32: Executor, recordings: list[Recording]) -> 
 
 
 def test_forced_preemptions(smollm2_float32: Executor, recordings: list[Recording]) -> None:
-    short = recordings[:24]
+    short = _part(recordings, slice(24))
     longest = max(len(recording.prompt_token_ids) for recording in short)
-    num_blocks = 30
+    num_blocks = max(30, -(-(longest + _NUM_TOKENS) // 16))
     limited = Limited(
         smollm2_float32, max_num_seqs=16, num_blocks=num_blocks, max_model_len=longest + _NUM_TOKENS
     )
