@@ -22,8 +22,10 @@ from tests.reference.recordings import Recording, load_recordings
 _NUM_TOKENS = 64
 
 
-def _part(recordings: list[Recording], part: slice) -> list[Recording]:
-    return recordings if os.environ.get("INFLIGHTD_ALL_PROMPTS") == "1" else recordings[part]
+def _parts(recordings: list[Recording], *parts: slice) -> list[list[Recording]]:
+    """The first part; all of them, which cover all prompts, if that is asked for."""
+    wanted = parts if os.environ.get("INFLIGHTD_ALL_PROMPTS") == "1" else parts[:1]
+    return [recordings[part] for part in wanted]
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +50,9 @@ def _run(executor: Executor, recordings: list[Recording]) -> tuple[list[Generate
 
 def test_alone(smollm2_float32: Executor, recordings: list[Recording]) -> None:
     # A step of one sequence reads all weights for one token: every eighth prompt, from 2 to 600 tokens.
-    for recording in _part(recordings, slice(1, None, 8)):
-        _run(smollm2_float32, [recording])
+    for part in _parts(recordings, slice(1, None, 8), *(slice(i, None, 8) for i in (0, 2, 3, 4, 5, 6, 7))):
+        for recording in part:
+            _run(smollm2_float32, [recording])
 
 
 def test_sixteen_at_a_time(smollm2_float32: Executor, recordings: list[Recording]) -> None:
@@ -58,29 +61,34 @@ def test_sixteen_at_a_time(smollm2_float32: Executor, recordings: list[Recording
 
 
 def test_chunked_at_32_tokens(smollm2_float32: Executor, recordings: list[Recording]) -> None:
-    limited = Limited(smollm2_float32, max_num_seqs=8, max_num_batched_tokens=32)
-    _run(limited, _part(recordings, slice(1, None, 2)))  # 2 to 1,500 tokens
-    assert max(step.num_tokens for step in limited.steps) == 32
-    chunks = [s for step in limited.steps for s in step.scheduled if not s.samples]
-    assert len(chunks) > 100
+    for part in _parts(recordings, slice(1, None, 2), slice(0, None, 2)):  # up to 1,500 tokens
+        limited = Limited(smollm2_float32, max_num_seqs=8, max_num_batched_tokens=32)
+        _run(limited, part)
+        assert max(step.num_tokens for step in limited.steps) == 32
+        chunks = [s for step in limited.steps for s in step.scheduled if not s.samples]
+        assert len(chunks) > 100
 
 
 def test_prefix_hits(smollm2_float32: Executor, recordings: list[Recording]) -> None:
-    # The second eight start as the first eight end, and find all full blocks of their prompts but the last.
-    part = _part(recordings, slice(3, None, 4))
-    some = [recording for recording in part if len(recording.prompt_token_ids) > 16]
-    limited = Limited(smollm2_float32, max_num_seqs=len(some))
-    results, stats = _run(limited, some + some)
-    assert all(result.num_cached_tokens >= 16 for result in results[len(some) :])
-    assert stats.prefix_cache_hits_total >= sum(len(r.prompt_token_ids) // 16 * 16 - 16 for r in some)
+    # The second group starts as the first ends, and finds all full blocks of its prompts but the last.
+    for part in _parts(recordings, *(slice(i, None, 4) for i in (3, 0, 1, 2))):
+        some = [recording for recording in part if len(recording.prompt_token_ids) > 16]
+        limited = Limited(smollm2_float32, max_num_seqs=len(some))
+        results, stats = _run(limited, some + some)
+        assert all(result.num_cached_tokens >= 16 for result in results[len(some) :])
+        full_blocks = sum(len(r.prompt_token_ids) // 16 * 16 - 16 for r in some)
+        assert stats.prefix_cache_hits_total >= full_blocks
 
 
 def test_forced_preemptions(smollm2_float32: Executor, recordings: list[Recording]) -> None:
-    short = _part(recordings, slice(24))
-    longest = max(len(recording.prompt_token_ids) for recording in short)
-    num_blocks = max(30, -(-(longest + _NUM_TOKENS) // 16))
-    limited = Limited(
-        smollm2_float32, max_num_seqs=16, num_blocks=num_blocks, max_model_len=longest + _NUM_TOKENS
-    )
-    _, stats = _run(limited, short)
-    assert stats.preemptions_total >= 5
+    for part in _parts(recordings, slice(24), slice(24, None)):
+        longest = max(len(recording.prompt_token_ids) for recording in part)
+        limited = Limited(
+            smollm2_float32,
+            max_num_seqs=16,
+            num_blocks=max(30, -(-(longest + _NUM_TOKENS) // 16)),
+            max_model_len=longest + _NUM_TOKENS,
+        )
+        _, stats = _run(limited, part)
+        # The second part, on demand only, is few and long prompts: fewer of them are preempted.
+        assert stats.preemptions_total >= (5 if len(part) == 24 else 2)
