@@ -56,5 +56,5 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing inflightd and its test tools into $(VENV) (once) ..."
-	@$(PIP) install --quiet --editable '.[dev,tensorrt-build]'
+	@$(PIP) install --quiet --editable '.[dev,gpu,kernels]'
 	@touch $@ $(VENV)/.installed

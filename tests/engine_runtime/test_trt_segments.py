@@ -15,7 +15,7 @@ from engine_runtime.models.segment import DType, Segment, SegmentKind
 from tests.engine_runtime.tiny_configs import tiny_config
 
 trt = pytest.importorskip(
-    "tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install -e '.[tensorrt-build]'"
+    "tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install -e '.[gpu]'"
 )
 
 BUCKETS = (1, 64, 512)
