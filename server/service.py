@@ -6,7 +6,7 @@ import asyncio
 import hashlib
 import importlib.metadata
 import time
-from collections.abc import Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, TypeVar
@@ -18,9 +18,11 @@ from server.answer import Answer, AnswerForm
 from server.call import Call
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
+from server.json_body import read_json_object
 from server.metrics import Metrics
 from server.sse import EventStream
 from server.tokenization import Tokenization
+from server.tokenizer import Tokenizer
 from server.validation import Validator
 
 T = TypeVar("T")
@@ -45,9 +47,25 @@ class Service:
         identity = f"{VERSION} {self.engine.spec.model_id} {self.engine.spec.device}"
         return "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
 
-    async def respond(self, request: Request, call: Call, form: AnswerForm) -> Response:
-        """Runs a call until it is answered or its client is gone."""
-        answer = Answer(call, self.engine, self.tokenization.tokenizer, self.metrics, form)
+    async def answer(
+        self,
+        request: Request,
+        validate: Callable[[dict[str, Any], int], Awaitable[Call]],
+        form_of: Callable[[Call, Tokenizer, str], AnswerForm],
+    ) -> Response:
+        """Reads and checks a request, and runs it until it is answered or its client is gone.
+
+        Args:
+            validate: from the body and its number of bytes to the call that it asks for.
+            form_of: how the endpoint writes the answer.
+
+        Raises:
+            ApiError: the request is wrong, or fails before its response has begun.
+        """
+        call = await validate(*await read_json_object(request))
+        tokenizer = self.tokenization.tokenizer
+        form = form_of(call, tokenizer, self.system_fingerprint)
+        answer = Answer(call, self.engine, tokenizer, self.metrics, form)
         if call.is_stream:
             return EventStream(answer.events(), request.state.request_id)
         body = await _while_connected(request, answer.whole())

@@ -7,7 +7,6 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.chat_form import ChatForm
-from server.json_body import read_json_object
 from server.service import service_of
 
 router = APIRouter()
@@ -16,7 +15,4 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
     service = service_of(request)
-    body, num_bytes = await read_json_object(request)
-    call = await service.validator.chat(body, num_bytes)
-    form = ChatForm(call, service.tokenization.tokenizer, service.system_fingerprint)
-    return await service.respond(request, call, form)
+    return await service.answer(request, service.validator.chat, ChatForm)
