@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import deque
 from concurrent.futures import Future, wait
 
@@ -9,6 +10,8 @@ from scheduler.executor import Executor
 from scheduler.messages import EngineOutputs, EngineStats, ModelRunnerOutput, Request, SchedulerOutput
 from scheduler.scheduler import Scheduler
 from scheduler.scheduler_config import SchedulerConfig
+
+_log = logging.getLogger(__name__)
 
 
 class EngineCore:
@@ -48,6 +51,7 @@ class EngineCore:
             try:
                 result = future.result()
             except Exception as error:
+                _log.exception("step %d of %d sequences failed", oldest.step_id, len(oldest.scheduled))
                 self._scheduler.fail(oldest, error)
             else:
                 self._scheduler.update(oldest, result)

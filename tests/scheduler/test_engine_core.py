@@ -70,7 +70,9 @@ def test_two_steps_are_in_flight_if_the_executor_allows_it() -> None:
 
 
 @IN_FLIGHT
-def test_a_failed_step_ends_its_sequences_and_the_next_runs(max_in_flight: int) -> None:
+def test_a_failed_step_ends_its_sequences_and_the_next_runs(
+    max_in_flight: int, caplog: pytest.LogCaptureFixture
+) -> None:
     executor = HashingExecutor(
         64, 4, max_num_seqs=2, max_num_batched_tokens=100, max_in_flight=max_in_flight, fail_at_steps=(3,)
     )
@@ -79,6 +81,8 @@ def test_a_failed_step_ends_its_sequences_and_the_next_runs(max_in_flight: int) 
     for one in requests:
         engine.add_request(one)
     outputs = drain(engine)
+    assert "step 3 of 2 sequences failed" in caplog.text
+    assert "Traceback" in caplog.text
     for one in requests[:2]:
         last = outputs[one.request_id][-1]
         assert (last.finish_reason, last.error) == (
