@@ -11,8 +11,9 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable
+from typing import NoReturn
 
-from scheduler.messages import EngineOutput, EngineOutputs, EngineStats, ExecutorSpec, FinishReason, Request
+from scheduler.messages import EngineOutput, EngineOutputs, EngineStats, ExecutorSpec, Request
 from server.config import ServerConfig
 from server.errors import EngineDeadError
 from server.transport import ApiEnd, Kind, Progress, Ready, Start, TransportError, private_address
@@ -23,6 +24,7 @@ _log = logging.getLogger(__name__)
 _MAX_RESTARTS = 3
 _RESTART_WINDOW_S = 120.0
 _QUIT_GRACE_S = 5.0
+_RETRY_S = 0.5
 # glibc asks the kernel for huge pages: a decode step on a CPU reads all weights, and spends a tenth less.
 _ENGINE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -34,20 +36,30 @@ class EngineStartError(Exception):
 class _Stream:
     """Outputs of one request on their way to its consumer. Those that pile up are handed over as one."""
 
-    __slots__ = ("_arrived", "_pending")
+    __slots__ = ("_arrived", "_failure", "_pending")
 
     def __init__(self) -> None:
         self._pending: list[EngineOutput] = []
+        self._failure: str | None = None
         self._arrived = asyncio.Event()
 
     def put(self, output: EngineOutput) -> None:
         self._pending.append(output)
         self._arrived.set()
 
+    def fail(self, reason: str) -> None:
+        """Nothing comes any more."""
+        self._failure = reason
+        self._arrived.set()
+
     async def get(self) -> EngineOutput:
+        """Raises EngineDeadError once the stream has failed and what came before it is handed over."""
         await self._arrived.wait()
-        self._arrived.clear()
         pending, self._pending = self._pending, []
+        if self._failure is None:
+            self._arrived.clear()
+        elif not pending:
+            raise EngineDeadError(self._failure)
         return pending[0] if len(pending) == 1 else _joined(pending)
 
 
@@ -71,6 +83,10 @@ class ZmqEngineClient:
     """Runs one engine process and talks to it over ZeroMQ (implements ``server.engine_protocol``).
 
     Requests that run when the engine dies end with an error; the engine is started again at once.
+
+    Args:
+        module: what the engine process runs; it gets the address of the line and our process id.
+        on_failure: the engine cannot be started, or died too often to be started again.
     """
 
     def __init__(
@@ -78,17 +94,18 @@ class ZmqEngineClient:
         config: ServerConfig,
         model_path: str,
         *,
+        module: str = "server.launch",
         on_progress: Callable[[Progress], None] = lambda progress: None,
         on_ready: Callable[[Ready], None] = lambda ready: None,
         on_failure: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._start_message = Start(config, model_path)
+        self._module = module
         self._on_progress = on_progress
         self._on_ready = on_ready
         self._on_failure = on_failure
         self._streams: dict[str, _Stream] = {}
         self._connection: ApiEnd | None = None
-        self._process: asyncio.subprocess.Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._spec: ExecutorSpec | None = None
         self._is_ready = False
@@ -105,15 +122,6 @@ class ZmqEngineClient:
     @property
     def is_ready(self) -> bool:
         return self._is_ready
-
-    @property
-    def is_alive(self) -> bool:
-        """False once the engine has died too often to be started again."""
-        return self._failure is None
-
-    @property
-    def process_id(self) -> int | None:
-        return None if self._process is None else self._process.pid
 
     def start(self) -> None:
         """Starts the engine process; returns at once."""
@@ -136,9 +144,9 @@ class ZmqEngineClient:
         if not self._is_ready or self._connection is None:
             raise EngineDeadError(self._failure or "the engine is not ready")
         stream = self._streams[request.request_id] = _Stream()
-        self._connection.send(Kind.REQUEST, request)
         is_finished = False
         try:
+            self._connection.send(Kind.REQUEST, request)
             while not is_finished:
                 output = await stream.get()
                 is_finished = output.finish_reason is not None
@@ -157,7 +165,11 @@ class ZmqEngineClient:
     async def _supervise(self) -> None:
         ends: deque[float] = deque(maxlen=_MAX_RESTARTS)
         while True:
-            reason = await self._run_once()
+            try:
+                reason = await self._run_once()
+            except Exception as error:  # no directory for the socket, no process, no file descriptors ...
+                reason = f"it cannot be run: {error}"
+                await asyncio.sleep(_RETRY_S)
             self._is_ready = False
             self._fail_streams(reason)
             now = time.monotonic()
@@ -171,26 +183,24 @@ class ZmqEngineClient:
 
     async def _run_once(self) -> str:
         """One life of the engine process, from its start to its end; returns why it ended."""
-        with private_address() as address:
-            connection = ApiEnd(address)
+        with private_address() as address, contextlib.closing(ApiEnd(address)) as connection:
             # The engine is a process of its own so that it may die alone; it follows us if we die first.
             process = await asyncio.create_subprocess_exec(
-                sys.executable, "-m", "server.launch", address,
+                sys.executable, "-m", self._module, address, str(os.getpid()),
                 stdin=asyncio.subprocess.DEVNULL, env=_ENGINE_ENVIRONMENT | os.environ,
             )  # fmt: skip
-            self._process, self._connection = process, connection
+            self._connection = connection
             reader = asyncio.create_task(self._read(connection))
             exited = asyncio.create_task(process.wait())
             try:
                 connection.send(Kind.START, self._start_message)
                 await asyncio.wait((reader, exited), return_when=asyncio.FIRST_COMPLETED)
+                self._is_ready = False
                 # What the engine still had to say is in the socket: let it be read.
                 await asyncio.wait((reader,), timeout=0.5)
-                if reader.done() and not reader.cancelled():
-                    error = reader.exception()
-                    return str(error) if error is not None else "it ended"
-                return _described_exit(process.returncode)
+                return str(reader.exception()) if reader.done() else _described_exit(process.returncode)
             finally:
+                self._connection = None
                 reader.cancel()
                 if process.returncode is None:
                     connection.send(Kind.QUIT)
@@ -199,10 +209,8 @@ class ZmqEngineClient:
                 if process.returncode is None:
                     process.kill()
                 await exited
-                self._connection = None
-                connection.close()
 
-    async def _read(self, connection: ApiEnd) -> None:
+    async def _read(self, connection: ApiEnd) -> NoReturn:
         while True:
             kind, body = await connection.receive()
             if kind is Kind.OUTPUTS:
@@ -227,8 +235,8 @@ class ZmqEngineClient:
                 stream.put(output)
 
     def _fail_streams(self, reason: str) -> None:
-        for request_id, stream in self._streams.items():
-            stream.put(EngineOutput(request_id, finish_reason=FinishReason.ERROR, error=reason))
+        for stream in self._streams.values():
+            stream.fail(reason)
         self.stats = EngineStats()
 
 

@@ -26,18 +26,13 @@ class EngineClient(Protocol):
         """Whether a request would be taken now."""
         ...
 
-    @property
-    def is_alive(self) -> bool:
-        """False once the engine is gone for good."""
-        ...
-
     def generate(self, request: Request) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of a request, the last with a finish reason. Closing the generator aborts the request.
 
         Outputs that pile up while nobody asks may be joined into one.
 
         Raises:
-            EngineDeadError: from the generator, if the engine does not take the request.
+            EngineDeadError: from the generator, if the engine does not take the request or dies.
         """
         ...
 

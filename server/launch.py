@@ -1,7 +1,7 @@
 """Composition root: puts the API process and the engine process together.
 
-``python -m server.launch ADDRESS`` is how the API process starts the engine process. The two sides import
-their own halves only, inside the functions below: the engine knows no FastAPI, the API process no
+``python -m server.launch ADDRESS PARENT_ID`` is how the API process starts the engine process. The two sides
+import their own halves only, inside the functions below: the engine knows no FastAPI, the API process no
 ONNX Runtime.
 """
 
@@ -139,9 +139,13 @@ def _url(listener: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def run_engine(address: str) -> int:
-    """The engine process: loads what the first message says, then steps until it is told to quit."""
-    _follow_parent()
+def run_engine(address: str, parent_id: int) -> int:
+    """The engine process: loads what the first message says, then steps until it is told to quit.
+
+    Args:
+        parent_id: the process id of the API process, which this process does not outlive.
+    """
+    follow_parent(parent_id)
     # ^C reaches the whole terminal; the API process drains first and then says QUIT.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory() / "numba"))
@@ -189,15 +193,15 @@ def run_engine(address: str) -> int:
     return 0
 
 
-def _follow_parent() -> None:
+def follow_parent(parent_id: int) -> None:
     """Has the kernel end this process when the API process dies, however it dies (Linux, prctl(2))."""
     if sys.platform != "linux":
         return
     pr_set_pdeathsig = 1
     ctypes.CDLL(None, use_errno=True).prctl(pr_set_pdeathsig, signal.SIGKILL)
-    if os.getppid() == 1:  # the parent was gone before we asked
+    if os.getppid() != parent_id:  # it was gone before we asked
         os._exit(1)
 
 
 if __name__ == "__main__":
-    sys.exit(run_engine(sys.argv[1]))
+    sys.exit(run_engine(sys.argv[1], int(sys.argv[2])))

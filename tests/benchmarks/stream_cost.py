@@ -38,7 +38,7 @@ class TickingEngine:
     def __init__(self, token_ids: list[int], interval: float) -> None:
         self.spec = ExecutorSpec("ticking", 49_152, 16, 100_000, 8192, 1024, 8192, "none")
         self.stats = EngineStats()
-        self.is_ready = self.is_alive = True
+        self.is_ready = True
         self.num_tokens = 0
         self.lags: list[float] = []
         self._token_ids = token_ids

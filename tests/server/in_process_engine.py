@@ -32,7 +32,6 @@ class ScriptedEngine:
         self.spec = spec
         self.stats = EngineStats()
         self.is_ready = True
-        self.is_alive = True
         self.requests: list[Request] = []
         self.aborted: list[str] = []
 
@@ -88,7 +87,6 @@ class HashingEngine:
         self.core = EngineCore(executor)
         self.spec = executor.spec
         self.is_ready = True
-        self.is_alive = True
         self._steps_at_once = steps_at_once
         self._queues: dict[str, asyncio.Queue[EngineOutput]] = {}
         self._stepping: asyncio.Task[None] | None = None

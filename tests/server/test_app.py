@@ -93,6 +93,19 @@ async def test_errors_reach_the_openai_client(tokenizer: Tokenizer) -> None:
         assert caught.value.request_id
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_engine_that_dies_before_the_first_token_is_a_503(
+    tokenizer: Tokenizer, stream: bool
+) -> None:
+    engine = ScriptedEngine(lambda request: [EngineDeadError("ended by SIGKILL: /secret/path")])
+    async with api(engine, tokenizer) as client:
+        response = await client.post("/v1/chat/completions", json=chat(stream=stream))
+    assert response.status_code == 503
+    assert response.headers["retry-after"] == "1"
+    assert response.json()["error"]["code"] == "engine_unavailable"
+    assert "secret" not in response.text
+
+
 async def test_a_stream_that_breaks_raises_in_the_openai_client(tokenizer: Tokenizer) -> None:
     engine = ScriptedEngine(tokens([28], [], finish=FinishReason.ERROR))
     async with (

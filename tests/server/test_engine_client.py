@@ -1,0 +1,173 @@
+"""The client against real engine processes, which hash instead of computing a model."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import tempfile
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
+from pathlib import Path
+
+import pytest
+
+from scheduler.hashing_executor import HashingExecutor, run_alone
+from scheduler.messages import FinishReason, Request, SamplingParams
+from server.config import ServerConfig
+from server.engine_client import ZmqEngineClient
+from server.errors import EngineDeadError
+from server.transport import Ready
+
+
+class Watched:
+    """A client, the process ids of the engines it has started, and the reasons why it gave up."""
+
+    def __init__(self, behaviour: str) -> None:
+        self.process_ids: list[int] = []
+        self.failures: list[str] = []
+        self.client = ZmqEngineClient(
+            ServerConfig(),
+            behaviour,
+            module="tests.server.engine_process",
+            on_ready=self._note_ready,
+            on_failure=self.failures.append,
+        )
+
+    def _note_ready(self, ready: Ready) -> None:
+        self.process_ids.append(int(ready.memory_plan))
+
+    async def kill(self) -> None:
+        """Kills the engine and waits until the client has another one."""
+        num_started = len(self.process_ids)
+        os.kill(self.process_ids[-1], signal.SIGKILL)
+        await until(lambda: len(self.process_ids) > num_started or self.failures)
+
+
+async def until(condition: Callable[[], object], seconds: float = 20.0) -> None:
+    async with asyncio.timeout(seconds):
+        while not condition():  # noqa: ASYNC110 - any condition
+            await asyncio.sleep(0.005)
+
+
+@contextlib.asynccontextmanager
+async def started(behaviour: str = "hashes") -> AsyncIterator[Watched]:
+    watched = Watched(behaviour)
+    watched.client.start()
+    try:
+        await until(lambda: watched.process_ids or watched.failures)
+        yield watched
+    finally:
+        await watched.client.stop()
+
+
+@pytest.fixture(autouse=True)
+def _tests_can_be_imported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[2]))
+
+
+async def generated(client: ZmqEngineClient, asked: Request) -> list[int]:
+    return [token async for output in client.generate(asked) for token in output.token_ids]
+
+
+async def test_requests_are_answered_together() -> None:
+    wide = HashingExecutor(num_blocks=64, block_size=4, vocab_size=2).spec
+    requests = [Request(f"r{i}", (1, 0, 1, i % 2), SamplingParams(seed=i, max_tokens=20)) for i in range(4)]
+    async with started() as watched:
+        answers = await asyncio.gather(*(generated(watched.client, asked) for asked in requests))
+        assert answers == [run_alone(asked, wide)[0] for asked in requests]
+        assert watched.client.spec == wide
+
+
+async def test_closing_a_stream_aborts_its_request() -> None:
+    async with started() as watched:
+        client = watched.client
+        async with aclosing(client.generate(Request("r", (1,), SamplingParams(max_tokens=200)))) as outputs:
+            await anext(outputs)
+            assert client.stats.num_running == 1
+        await until(lambda: client.stats.num_running == 0, seconds=1.0)
+        assert client.stats.kv_cache_usage == 0
+
+
+async def test_outputs_that_pile_up_come_as_one() -> None:
+    async with started() as watched:
+        outputs = watched.client.generate(Request("r", (1,), SamplingParams(max_tokens=30, logprobs=1)))
+        first = await anext(outputs)
+        await asyncio.sleep(0.5)
+        rest = [output async for output in outputs]
+    assert len(rest) == 1
+    assert rest[0].finish_reason is FinishReason.LENGTH
+    assert len(first.token_ids + rest[0].token_ids) == 30
+    assert [record.token_id for record in rest[0].logprobs or ()] == list(rest[0].token_ids)
+
+
+async def test_an_engine_that_is_killed_fails_its_requests_and_is_started_again() -> None:
+    asked = Request("r", (1,), SamplingParams(max_tokens=200))
+    async with started() as watched:
+        client = watched.client
+        outputs = client.generate(asked)
+        await anext(outputs)
+        await asyncio.sleep(0.2)
+        await watched.kill()
+        # What had come before it died is handed over, and then that no more will.
+        assert (await anext(outputs)).token_ids
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            await anext(outputs)
+        assert client.stats.num_running == 0
+        assert len(await generated(client, asked)) == 200
+    assert watched.failures == []
+
+
+async def test_nothing_is_sent_to_an_engine_that_has_just_died() -> None:
+    async with started() as watched:
+        os.kill(watched.process_ids[-1], signal.SIGKILL)
+        await until(lambda: not watched.client.is_ready, seconds=0.3)
+        with pytest.raises(EngineDeadError):
+            await anext(watched.client.generate(Request("r", (1,))))
+        await until(lambda: watched.client.is_ready)
+
+
+async def test_an_engine_that_dies_again_and_again_is_given_up() -> None:
+    async with started() as watched:
+        for _ in range(4):
+            assert watched.failures == []
+            await watched.kill()
+        assert watched.failures == ["ended by SIGKILL"]
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            await generated(watched.client, Request("r", (1,)))
+
+
+@pytest.mark.parametrize(
+    ("behaviour", "reason"),
+    [
+        ("refuses", "the model is too large"),
+        ("exits", "exit status 3"),
+        ("talks nonsense", "an API process does not take QUIT"),
+    ],
+)
+async def test_an_engine_that_does_not_start_is_given_up_at_once(behaviour: str, reason: str) -> None:
+    async with started(behaviour) as watched:
+        assert watched.failures == [reason]
+        with pytest.raises(EngineDeadError, match=reason):
+            watched.client.spec  # noqa: B018
+
+
+async def test_a_machine_that_cannot_run_an_engine_is_a_failure_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "missing"))
+    async with started() as watched:
+        assert len(watched.failures) == 1
+        assert "No such file or directory" in watched.failures[0]
+
+
+async def test_stopping_ends_the_process_and_its_streams() -> None:
+    async with started() as watched:
+        outputs = watched.client.generate(Request("r", (1,), SamplingParams(max_tokens=200)))
+        await anext(outputs)
+        await watched.client.stop()
+        with pytest.raises(EngineDeadError):
+            _ = [output async for output in outputs]
+        with pytest.raises(ProcessLookupError):
+            os.kill(watched.process_ids[-1], 0)
