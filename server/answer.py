@@ -8,6 +8,7 @@ from contextlib import aclosing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from scheduler.messages import FinishReason
 from server.call import Call
 from server.choice import Choice
 from server.detokenizer import IncrementalDetokenizer
@@ -117,6 +118,7 @@ class Answer:
         """(choice, new text, whether it is complete now) for what the engine has worked on, until all are."""
         choices, is_scoring = self._choices, self._call.is_scoring
         running = set(range(len(choices)))
+        reason_of_unfinished = FinishReason.ABORT
         try:
             async with aclosing(self._streams.batches()) as batches:
                 async for batch in batches:
@@ -138,9 +140,12 @@ class Answer:
                     yield texts
                     if not running:
                         return
+        except Exception:
+            reason_of_unfinished = FinishReason.ERROR
+            raise
         finally:
             for choice in choices:
-                choice.abandon(time.monotonic())
+                choice.abandon(reason_of_unfinished, time.monotonic())
 
     def _usage(self) -> Usage:
         first_choices = self._choices[:: self._call.n]

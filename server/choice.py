@@ -94,6 +94,6 @@ class Choice:
         """All text of the answer so far."""
         return self._detokenizer.text
 
-    def abandon(self, now: float) -> None:
-        """Nobody waits for this answer any more; if it is complete, nothing happens."""
-        self._timer.finish(FinishReason.ABORT, now)
+    def abandon(self, reason: FinishReason, now: float) -> None:
+        """Counts the end of an answer that goes no further; if it is complete, nothing happens."""
+        self._timer.finish(reason, now)

@@ -141,7 +141,7 @@ async def test_ends_by_reason(tokenizer: Tokenizer) -> None:
         await client.post("/v1/completions", json={"prompt": "x"})
         values = _samples((await client.get("/metrics")).text)
     counts = {reason: values[f"request_success_total finished_reason={reason}"] for reason in FinishReason}
-    assert counts == {"stop": 2, "length": 0, "error": 1, "abort": 1}
+    assert counts == {"stop": 2, "length": 0, "error": 2, "abort": 0}
     assert values["e2e_request_latency_seconds_count"] == 4
 
 
