@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -41,5 +42,7 @@ class Console:
         )
 
     def _write(self, text: str) -> None:
-        self._stream.write(text)
-        self._stream.flush()
+        # A terminal that is gone, or a pipe that nobody reads, is no reason to stop serving.
+        with contextlib.suppress(OSError):
+            self._stream.write(text)
+            self._stream.flush()
