@@ -125,8 +125,10 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
         )
     finally:
         checkpoint.close()
+    report("sampler", 0, 1)
     executor = OnnxRuntimeExecutor(spec, session, embedding, max_rows=_max_rows(config))
     return_freed_memory()
+    report("sampler", 1, 1)
     report("first step", 0, 1)
     _warm_up(executor)
     report("first step", 1, 1)

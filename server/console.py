@@ -13,24 +13,32 @@ from server.transport import Progress, Ready
 _BAR_WIDTH = 30
 
 
+# In a log, this often a stage says how far it is, besides at its end.
+_LINE_EVERY_S = 2.0
+
+
 class Console:
-    """Progress bars on a terminal, one line a stage elsewhere; at last the address and a line to copy."""
+    """Progress bars on a terminal, few lines a stage elsewhere; at last the address and a line to copy."""
 
     def __init__(self, model: str, url: str, started: float, stream: TextIO = sys.stderr) -> None:
         self._model = model
         self._url = url
         self._started = started
         self._stream = stream
+        self._last_line = started
 
     def show_progress(self, progress: Progress) -> None:
-        is_done = progress.done >= progress.total
+        stage, done, total = progress.stage, progress.done, progress.total
+        is_done = done >= total
         if self._stream.isatty():
-            filled = _BAR_WIDTH * progress.done // max(progress.total, 1)
+            filled = _BAR_WIDTH * done // max(total, 1)
             bar = "█" * filled + "░" * (_BAR_WIDTH - filled)
-            percent = 100 * progress.done // max(progress.total, 1)
-            self._write(f"\r{progress.stage:<24} {bar} {percent:3d} %" + ("\n" if is_done else ""))
-        elif is_done:
-            self._write(f"{progress.stage}: done\n")
+            self._write(f"\r{stage:<16} {bar} {done} of {total}" + ("\n" if is_done else ""))
+            return
+        now = time.monotonic()
+        if is_done or now - self._last_line >= _LINE_EVERY_S:
+            self._last_line = now
+            self._write(f"{stage}: {'done' if is_done else f'{done} of {total}'}\n")
 
     def show_ready(self, ready: Ready) -> None:
         seconds = time.monotonic() - self._started

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import time
 
 import pytest
 
@@ -22,7 +23,7 @@ class _Gone(io.StringIO):
 
 
 def _shown(stream: io.StringIO) -> str:
-    console = Console("model", "http://127.0.0.1:8000", 0.0, stream)
+    console = Console("model", "http://127.0.0.1:8000", time.monotonic(), stream)
     for done in (0, 1, 4):
         console.show_progress(Progress("weights", done, 4))
     console.show_ready(READY)
@@ -32,10 +33,23 @@ def _shown(stream: io.StringIO) -> str:
 def test_a_terminal_sees_a_bar_grow() -> None:
     bars = _shown(_Terminal()).split("\r")
     assert [bar.count("█") for bar in bars[1:4]] == [0, 7, 30]
-    assert "100 %\n" in bars[3]
+    assert [bar.split(" ")[-3:] for bar in bars[1:3]] == [["0", "of", "4"], ["1", "of", "4"]]
+    assert "4 of 4\n" in bars[3]
 
 
-def test_a_log_gets_one_line_a_stage() -> None:
+def test_a_log_gets_lines_of_a_stage_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, now = io.StringIO(), 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    console = Console("model", "http://127.0.0.1:8000", now, log)
+    for done in range(9):
+        console.show_progress(Progress("kernels", done, 8))
+        now += 1.1
+    assert log.getvalue().splitlines() == [
+        "kernels: 2 of 8", "kernels: 4 of 8", "kernels: 6 of 8", "kernels: done"
+    ]  # fmt: skip
+
+
+def test_a_log_gets_one_line_of_a_stage_that_does_not() -> None:
     assert _shown(io.StringIO()).startswith("weights: done\n\na plan\n\nServing model on none (hashes) at ")
 
 
