@@ -118,7 +118,11 @@ class EngineOutput:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """State of the engine after a step. Fields named ``*_total`` only ever grow."""
+    """State of the engine after a step. Fields named ``*_total`` only ever grow.
+
+    Attributes:
+        scheduled_tokens_total: tokens handed to the executor; grows by the tokens of one step at a time.
+    """
 
     num_running: int = 0
     num_waiting: int = 0
@@ -127,6 +131,7 @@ class EngineStats:
     prefix_cache_hits_total: int = 0
     preemptions_total: int = 0
     steps_total: int = 0
+    scheduled_tokens_total: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -69,6 +69,7 @@ class Scheduler:
         self._num_cache_queries = 0
         self._num_cache_hits = 0
         self._num_preemptions = 0
+        self._num_scheduled_tokens = 0
 
     # ---- requests ----
 
@@ -107,6 +108,7 @@ class Scheduler:
         if not step.shares:
             return None
         self._num_issued_steps += 1
+        self._num_scheduled_tokens += self._config.max_num_batched_tokens - step.budget
         self._in_flight.append(list(step.shares))
         released, self._released = self._released, []
         return SchedulerOutput(
@@ -343,6 +345,7 @@ class Scheduler:
             prefix_cache_hits_total=self._num_cache_hits,
             preemptions_total=self._num_preemptions,
             steps_total=self._num_issued_steps,
+            scheduled_tokens_total=self._num_scheduled_tokens,
         )
 
     def check_invariants(self) -> None:

@@ -16,6 +16,7 @@ from typing import NoReturn
 from scheduler.messages import EngineOutput, EngineOutputs, EngineStats, ExecutorSpec, Request
 from server.config import ServerConfig
 from server.errors import EngineDeadError
+from server.histogram import STEP_TOKENS_BUCKETS, Histogram
 from server.transport import ApiEnd, Kind, Progress, Ready, Start, TransportError, private_address
 
 _log = logging.getLogger(__name__)
@@ -111,6 +112,7 @@ class ZmqEngineClient:
         self._is_ready = False
         self._failure: str | None = None
         self.stats = EngineStats()
+        self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
 
     @property
     def spec(self) -> ExecutorSpec:
@@ -227,6 +229,10 @@ class ZmqEngineClient:
                 raise TransportError(f"an API process does not take {kind.name}")
 
     def _dispatch(self, message: EngineOutputs) -> None:
+        # Each message is of one call of ``EngineCore.step``, which hands over one step at most.
+        num_tokens = message.stats.scheduled_tokens_total - self.stats.scheduled_tokens_total
+        if num_tokens:
+            self.step_tokens.observe(num_tokens)
         self.stats = message.stats
         for output in message.outputs:
             # A stream that was closed has gone; its last outputs may still be on their way.

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from scheduler.messages import EngineOutput, EngineStats, ExecutorSpec, Request
+from server.histogram import Histogram
 
 
 class EngineClient(Protocol):
@@ -19,6 +20,11 @@ class EngineClient(Protocol):
     @property
     def stats(self) -> EngineStats:
         """State after the last step that was reported."""
+        ...
+
+    @property
+    def step_tokens(self) -> Histogram:
+        """Tokens computed in each step, by ``STEP_TOKENS_BUCKETS``, over all lives of the engine."""
         ...
 
     @property

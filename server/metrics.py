@@ -7,10 +7,8 @@ somebody scrapes. So a token costs a few additions and a binary search, and no c
 from __future__ import annotations
 
 import re
-from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from itertools import accumulate
+from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
@@ -21,6 +19,7 @@ from prometheus_client.registry import Collector
 from scheduler.messages import EngineOutput, FinishReason, Request
 from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
+from server.histogram import Histogram, one_two_five_buckets
 
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -37,32 +36,6 @@ _N_BUCKETS = (1.0, 2.0, 5.0, 10.0, 20.0)
 
 _FIELD_NAME = re.compile(r"[a-z][a-z0-9_]{0,39}")
 _MAX_FIELD_NAMES = 32
-
-
-def one_two_five_buckets(largest: int) -> tuple[float, ...]:
-    """1, 2, 5, 10, 20, 50 ... up to ``largest``, as vLLM counts tokens."""
-    steps = (mantissa * 10**exponent for exponent in range(len(str(largest))) for mantissa in (1, 2, 5))
-    return tuple(float(step) for step in steps if step <= largest)
-
-
-class Histogram:
-    """Counts of values by bucket. Not thread-safe."""
-
-    __slots__ = ("_bounds", "_counts", "_sum")
-
-    def __init__(self, bounds: Sequence[float]) -> None:
-        self._bounds = tuple(bounds)
-        self._counts = [0] * (len(self._bounds) + 1)
-        self._sum = 0.0
-
-    def observe(self, value: float, times: int = 1) -> None:
-        self._counts[bisect_left(self._bounds, value)] += times
-        self._sum += value * times
-
-    def cumulative(self) -> tuple[list[tuple[str, float]], float]:
-        """(upper bound, values up to it) for each bucket, and the sum of the values."""
-        bounds = [str(bound) for bound in self._bounds] + ["+Inf"]
-        return list(zip(bounds, map(float, accumulate(self._counts)), strict=True)), self._sum
 
 
 class Metrics(Collector):
@@ -158,6 +131,7 @@ class Metrics(Collector):
             ("request_prefill_time_seconds", self.prefill_time, "From the first step to the first token."),
             ("request_decode_time_seconds", self.decode_time, "From the first token to the last."),
             ("request_params_n", self.params_n, "Choices asked for by a request."),
+            ("iteration_tokens_total", self._engine.step_tokens, "Tokens computed in one step."),
             *((name, histogram, "Tokens of a request.") for name, histogram in self._token_counts.items()),
         ):
             yield self._histogram(name, histogram, help_text)

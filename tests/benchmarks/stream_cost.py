@@ -26,6 +26,7 @@ import uvloop
 from scheduler.messages import EngineOutput, EngineStats, ExecutorSpec, FinishReason, Request
 from server.app import create_app
 from server.config import ServerConfig
+from server.histogram import STEP_TOKENS_BUCKETS, Histogram
 from server.model_source import fetch_default_model
 from server.tokenizer import load_tokenizer
 
@@ -38,6 +39,7 @@ class TickingEngine:
     def __init__(self, token_ids: list[int], interval: float) -> None:
         self.spec = ExecutorSpec("ticking", 49_152, 16, 100_000, 8192, 1024, 8192, "none")
         self.stats = EngineStats()
+        self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
         self.is_ready = True
         self.num_tokens = 0
         self.lags: list[float] = []

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import inspect
+import itertools
+from concurrent.futures import Future
 
 import pytest
 
 from scheduler.engine_core import EngineCore
 from scheduler.hashing_executor import HashingExecutor, run_alone
-from scheduler.messages import EngineOutput, FinishReason, Request, SamplingParams
+from scheduler.messages import (
+    EngineOutput,
+    FinishReason,
+    ModelRunnerOutput,
+    Request,
+    SamplingParams,
+    SchedulerOutput,
+)
 
 IN_FLIGHT = pytest.mark.parametrize("max_in_flight", [1, 2])
 
@@ -94,6 +103,33 @@ def test_a_failed_step_ends_its_sequences_and_the_next_runs(
     for one in requests[2:]:
         assert tokens(outputs[one.request_id]) == run_alone(one, spec)[0]
     assert engine.stats.kv_cache_usage == 0
+    engine.shutdown()
+
+
+class _Counting(HashingExecutor):
+    """Notes the tokens of each step."""
+
+    def __init__(self, *args: int, **options: int) -> None:
+        super().__init__(*args, **options)
+        self.num_tokens: list[int] = []
+
+    def execute(self, step: SchedulerOutput) -> Future[ModelRunnerOutput]:
+        self.num_tokens.append(step.num_tokens)
+        return super().execute(step)
+
+
+@IN_FLIGHT
+def test_each_call_of_step_counts_the_tokens_of_its_step(max_in_flight: int) -> None:
+    executor = _Counting(24, 4, max_num_batched_tokens=16, max_in_flight=max_in_flight)
+    engine = EngineCore(executor)
+    for index in range(6):
+        engine.add_request(request(f"r{index}", max_tokens=20))
+    totals = [0]
+    while engine.has_work:
+        totals.append(engine.step().stats.scheduled_tokens_total)
+    assert engine.stats.preemptions_total > 0
+    grown = [after - before for before, after in itertools.pairwise(totals)]
+    assert [tokens for tokens in grown if tokens] == executor.num_tokens
     engine.shutdown()
 
 

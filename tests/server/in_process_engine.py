@@ -9,6 +9,7 @@ from scheduler.engine_core import EngineCore
 from scheduler.hashing_executor import HashingExecutor
 from scheduler.messages import EngineOutput, EngineStats, ExecutorSpec, FinishReason, Request
 from server.errors import EngineDeadError
+from server.histogram import STEP_TOKENS_BUCKETS, Histogram
 
 SPEC = ExecutorSpec(
     model_id="scripted",
@@ -31,6 +32,7 @@ class ScriptedEngine:
         self.script = script
         self.spec = spec
         self.stats = EngineStats()
+        self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
         self.is_ready = True
         self.requests: list[Request] = []
         self.aborted: list[str] = []
@@ -86,6 +88,7 @@ class HashingEngine:
     def __init__(self, executor: HashingExecutor, steps_at_once: int = 1) -> None:
         self.core = EngineCore(executor)
         self.spec = executor.spec
+        self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
         self.is_ready = True
         self._steps_at_once = steps_at_once
         self._queues: dict[str, asyncio.Queue[EngineOutput]] = {}

@@ -78,6 +78,10 @@ async def test_requests_are_answered_together() -> None:
         answers = await asyncio.gather(*(generated(watched.client, asked) for asked in requests))
         assert answers == [run_alone(asked, wide)[0] for asked in requests]
         assert watched.client.spec == wide
+        # Each prompt of 4 tokens is computed in one step with the others; then each step adds one token each.
+        buckets, total = watched.client.step_tokens.cumulative()
+        assert total == 4 * (4 + 19)
+        assert 20 <= buckets[-1][1] <= 23
 
 
 async def test_closing_a_stream_aborts_its_request() -> None:

@@ -4,14 +4,12 @@ import asyncio
 import re
 
 import pytest
-from prometheus_client import CollectorRegistry
-from prometheus_client import Histogram as PrometheusHistogram
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.hashing_executor import HashingExecutor
 from scheduler.messages import EngineOutput, EngineStats, FinishReason, Request, SamplingParams
 from server.config import ServerConfig
-from server.metrics import Histogram, Metrics, RequestTimer, one_two_five_buckets
+from server.metrics import Metrics, RequestTimer
 from server.tokenizer import Tokenizer
 from tests.server.http_client import MODEL, api, chat
 from tests.server.in_process_engine import HashingEngine, ScriptedEngine, tokens
@@ -50,6 +48,10 @@ CONTRACT: dict[str, tuple[str, list[float] | None]] = {
     "request_inference_time_seconds": ("histogram", _REQUEST_LATENCY),
     "request_prefill_time_seconds": ("histogram", _REQUEST_LATENCY),
     "request_decode_time_seconds": ("histogram", _REQUEST_LATENCY),
+    "iteration_tokens_total": (
+        "histogram",
+        [1.0, 8.0, 16.0, 32.0, 64.0, 128.0, 256.0, 512.0, 1024.0, 2048.0, 4096.0, 8192.0, 16384.0],
+    ),
     "request_params_n": ("histogram", [1.0, 2.0, 5.0, 10.0, 20.0]),
     "request_prompt_tokens": ("histogram", _TOKENS),
     "request_generation_tokens": ("histogram", _TOKENS),
@@ -98,6 +100,8 @@ async def test_the_contract(tokenizer: Tokenizer, prefix: str) -> None:
 async def test_the_engine_shows_through(tokenizer: Tokenizer) -> None:
     engine = ScriptedEngine(tokens([28]))
     engine.stats = EngineStats(3, 4, 0.25, 100, 60, 5, 9)
+    engine.step_tokens.observe(20)
+    engine.step_tokens.observe(1)
     async with api(engine, tokenizer) as client:
         values = _samples((await client.get("/metrics")).text)
     assert values["num_requests_running"] == 3
@@ -106,6 +110,9 @@ async def test_the_engine_shows_through(tokenizer: Tokenizer) -> None:
     assert values["prefix_cache_queries_total"] == 100
     assert values["prefix_cache_hits_total"] == 60
     assert values["num_preemptions_total"] == 5
+    assert values["iteration_tokens_total_count"] == 2
+    assert values["iteration_tokens_total_sum"] == 21
+    assert values["iteration_tokens_total_bucket le=16.0"] == 1
 
 
 async def test_counts_of_real_requests(tokenizer: Tokenizer) -> None:
@@ -172,28 +179,6 @@ def test_times_of_a_request() -> None:
         "decode_time": (1.0, 1),
         "inference_time": (2.5, 1),
     }
-
-
-def test_a_histogram_counts_as_prometheus_own() -> None:
-    bounds = [0.1, 1.0, 2.5]
-    ours, theirs = (
-        Histogram(bounds),
-        PrometheusHistogram("h", "-", registry=CollectorRegistry(), buckets=bounds),
-    )
-    for value in (0.0, 0.1, 0.10001, 1.0, 2.0, 2.5, 2.6, 1e9):
-        ours.observe(value)
-        theirs.observe(value)
-    samples = next(iter(theirs.collect())).samples
-    buckets, total = ours.cumulative()
-    assert buckets == [(s.labels["le"], s.value) for s in samples if s.name == "h_bucket"]
-    assert total == next(s.value for s in samples if s.name == "h_sum")
-
-
-@pytest.mark.parametrize(
-    ("largest", "expected"), [(1, [1]), (4, [1, 2]), (10, [1, 2, 5, 10]), (150, [1, 2, 5, 10, 20, 50, 100])]
-)
-def test_one_two_five_buckets(largest: int, expected: list[int]) -> None:
-    assert list(one_two_five_buckets(largest)) == expected
 
 
 async def test_clients_cannot_make_series(tokenizer: Tokenizer) -> None:
