@@ -6,7 +6,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ARGS ?=
 PEERS ?=
 
-.PHONY: serve chat test check format bench gemma reference clean help
+.PHONY: serve chat test check format bench kernels gemma reference clean help
 
 help: ## this list
 	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1\t/' | expand -t 18
@@ -31,6 +31,9 @@ format: $(VENV)/.installed-dev ## reformat and fix what can be fixed
 
 bench: $(VENV)/.installed-dev ## benchmark over HTTP (PEERS=DIR adds the peers that were set up there)
 	$(BIN)/python -m tests.benchmarks.serve $(if $(PEERS),--peers $(PEERS)) $(ARGS)
+
+kernels: $(VENV)/.installed-dev ## compile the GPU kernels, without a GPU (ARGS="--arch 90" for one architecture)
+	$(BIN)/python -m engine_runtime.kernels.compile $(ARGS)
 
 gemma: $(VENV)/.installed-dev ## fetch Gemma 3 270M (240 MB, Gemma terms) and compare it with transformers
 	$(BIN)/python -m tests.reference.gemma3_270m

@@ -1,0 +1,37 @@
+"""What the ahead-of-time compiler is asked for, and what it answers: needs no Triton."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)
+"""Compute capabilities, times ten, that kernels are compiled for."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """One compiled form of a Triton function. Modules list theirs as ``SPECS``.
+
+    Attributes:
+        function: decorated with ``triton.jit``.
+        name: of the compiled kernel; unique among the specs of an architecture.
+        signature: type of each argument that is not in ``constexprs``: ``*bf16`` is a pointer, ``i32``,
+            ``i64``, ``fp32`` are passed by value; ``:16`` after it promises a multiple of 16 (of an address:
+            in bytes), which is what wide loads need. ``tensordesc<bf16[64, 128]>`` is a tensor map for tiles
+            of that shape (from compute capability 9.0 on), followed by sizes and strides: see
+            ``Kernel.tensor_map``.
+        constexprs: values of the arguments that are fixed.
+        num_warps: of 32 threads a program.
+        num_stages: depth of software pipelining.
+        architectures: those to compile for.
+    """
+
+    function: Any
+    name: str
+    signature: Mapping[str, str]
+    constexprs: Mapping[str, Any] = field(default_factory=dict)
+    num_warps: int = 4
+    num_stages: int = 3
+    architectures: tuple[int, ...] = ARCHITECTURES
