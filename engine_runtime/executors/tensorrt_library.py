@@ -40,6 +40,12 @@ def tensorrt_version() -> str:
     return f"{tensorrt().__name__} {tensorrt().__version__}"
 
 
+@cache
+def tensorrt_log() -> TensorRTLog:
+    """The log of this process: TensorRT takes one for all its objects."""
+    return TensorRTLog()
+
+
 class TensorRTLog:
     """Hands TensorRT's warnings and errors to ``logging`` and keeps the last errors for exceptions.
 

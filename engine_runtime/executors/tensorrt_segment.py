@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from engine_runtime.cuda import Stream
-from engine_runtime.executors.tensorrt_library import TensorRTError, TensorRTLog, tensorrt
+from engine_runtime.executors.tensorrt_library import TensorRTError, tensorrt, tensorrt_log
 
 
 class BoundSegment(Protocol):
@@ -62,10 +62,10 @@ class TrtSegment:
             TensorRTError: the engine does not run here.
         """
         trt = tensorrt()
-        runtime, log = _runtime()
+        log = tensorrt_log()
         self.num_tokens = num_tokens
         self._log = log
-        self._trt_engine = runtime.deserialize_cuda_engine(trt_engine)
+        self._trt_engine = _runtime().deserialize_cuda_engine(trt_engine)
         if self._trt_engine is None:
             raise TensorRTError(f"TensorRT cannot load an engine: {log.take_errors()}")
         strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
@@ -130,6 +130,5 @@ class BoundTrtSegment:
 
 
 @cache
-def _runtime() -> tuple[Any, TensorRTLog]:
-    log = TensorRTLog()
-    return tensorrt().Runtime(log.listener), log
+def _runtime() -> Any:
+    return tensorrt().Runtime(tensorrt_log().listener)

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from engine_runtime.executors.tensorrt_library import TensorRTError, TensorRTLog, tensorrt
+from engine_runtime.executors.tensorrt_library import TensorRTError, tensorrt, tensorrt_log
 from engine_runtime.models.segment import Segment
 
 ComputeCapability = tuple[int, int]
@@ -28,7 +28,7 @@ class TrtBuilder:
             TensorRTError: TensorRT is not installed or does not know a target.
         """
         trt = tensorrt()
-        self._log = TensorRTLog()
+        self._log = tensorrt_log()
         self._builder = trt.Builder(self._log.listener)
         self._lock = threading.Lock()
         if targets is None:
@@ -47,9 +47,7 @@ class TrtBuilder:
             TensorRTError: the graph cannot be compiled.
         """
         if segment.num_tokens is None:
-            raise ValueError(
-                "an engine has one token count, and this segment leaves it open"
-            )
+            raise ValueError("an engine has one token count, and this segment leaves it open")
         with self._lock:
             return self._build(segment.model.SerializeToString())
 

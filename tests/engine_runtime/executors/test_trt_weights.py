@@ -1,0 +1,133 @@
+"""The plan of the weights and what is written where; the device is an array."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
+
+from engine_runtime.executors.tensorrt_weights import (
+    WeightPlan,
+    convert,
+    load_weights,
+)
+from engine_runtime.models.architectures import ARCHITECTURES
+from engine_runtime.models.build import build_segment
+from engine_runtime.models.segment import SegmentKind
+from engine_runtime.weights.checkpoint import Checkpoint
+from engine_runtime.weights.expected_tensors import expected_tensors
+from tests.engine_runtime.tiny_configs import tiny_config
+
+Array = npt.NDArray[Any]
+_TYPES = {"float32": np.float32, "bfloat16": ml_dtypes.bfloat16, "float16": np.float16}
+
+
+class ArraySource:
+    """Random tensors in memory, float32 or bfloat16."""
+
+    def __init__(self, architecture: str, dtype: Any, **changes: object) -> None:
+        self.config = tiny_config(architecture, **changes)
+        rng = np.random.default_rng(3)
+        self.tensors = {
+            name: rng.standard_normal(shape).astype(dtype)
+            for name, shape in expected_tensors(self.config).items()
+        }
+        self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
+        self.num_bytes = 1
+        self.fingerprint = "00"
+
+    def read(self, name: str) -> Array:
+        return self.tensors[name]
+
+    def close(self) -> None:
+        pass
+
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.config, self, Path("memory"))
+
+
+class ArrayTarget:
+    def __init__(self, num_bytes: int) -> None:
+        self.memory = np.full(num_bytes, 0xAA, np.uint8)
+        self.written = np.zeros(num_bytes, np.uint8)
+
+    def write(self, offset: int, values: Array, dtype: np.dtype[Any]) -> None:
+        data = values.astype(dtype).view(np.uint8)
+        self.memory[offset : offset + len(data)] = data
+        self.written[offset : offset + len(data)] += 1
+
+
+@pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_segments_find_their_weights(architecture: str, stored: Any) -> None:
+    source = ArraySource(architecture, stored)
+    plan = WeightPlan(source.config)
+    target = ArrayTarget(plan.num_bytes)
+    load_weights(plan, source.checkpoint(), target)
+    assert target.written.max() == 1
+    table = target.memory[plan.embedding_offset :][: 2 * 176 * 64].view(ml_dtypes.bfloat16)
+    expected = source.tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(table.reshape(176, 64), expected)
+    kinds: tuple[SegmentKind, ...] = ("first", "middle", "last")
+    for layer, kind in enumerate(kinds, start=-1):
+        offsets = plan.offsets(layer)
+        weights = build_segment(source.config, kind, "bfloat16").weights
+        assert offsets.keys() == {weight.name for weight in weights}
+        for weight in weights:
+            names = weight.source_names(layer=layer, next_layer=layer + 1)
+            dtype = np.dtype(_TYPES[weight.dtype])
+            expected = np.concatenate([source.tensors[name] for name in names]).astype(dtype)
+            assert offsets[weight.name] % 256 == 0
+            found = target.memory[offsets[weight.name] :][: expected.nbytes].view(dtype)
+            np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
+def test_tied_embeddings_are_stored_once() -> None:
+    separate, tied = (
+        WeightPlan(tiny_config("llama", tie_word_embeddings=is_tied)) for is_tied in (False, True)
+    )
+    names = [tensor.name for tensor in tied.tensors]
+    assert len(names) == len(set(names)) == len(separate.tensors) - 1
+    assert tied.num_bytes < separate.num_bytes
+    assert tied.offsets(1)["lm_head.weight"] == tied.embedding_offset
+
+
+def test_progress_reaches_the_end() -> None:
+    source = ArraySource("qwen2", np.float32)
+    plan = WeightPlan(source.config, "float16")
+    seen: list[tuple[int, int]] = []
+    load_weights(
+        plan,
+        source.checkpoint(),
+        ArrayTarget(plan.num_bytes),
+        lambda done, total: seen.append((done, total)),
+    )
+    assert len(seen) == len(plan.tensors)
+    assert seen == sorted(seen)
+    assert seen[-1][0] == seen[-1][1] == sum(tensor.num_bytes for tensor in plan.tensors)
+
+
+def test_a_failed_read_is_reported() -> None:
+    source = ArraySource("llama", np.float32)
+    checkpoint = source.checkpoint()
+    del source.tensors["model.layers.1.mlp.up_proj.weight"]
+    plan = WeightPlan(source.config)
+    with pytest.raises(KeyError):
+        load_weights(plan, checkpoint, ArrayTarget(plan.num_bytes))
+
+
+@pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16])
+@pytest.mark.parametrize("length", [1, 65_536, 300_001])
+def test_conversion_in_threads_rounds_to_nearest(source: Any, length: int) -> None:
+    values = np.random.default_rng(0).standard_normal(length).astype(source)
+    result = np.empty(length, ml_dtypes.bfloat16)
+    with ThreadPoolExecutor(4) as pool:
+        convert(values, result, pool)
+    np.testing.assert_array_equal(result, values.astype(ml_dtypes.bfloat16))
