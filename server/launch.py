@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     import uvicorn
 
 _log = logging.getLogger(__name__)
+# A client that takes nothing for so long is gone, as ``sse`` sees it too: the kernel drops what waits for it.
+# Without this, a closed connection would wait for ever to send its rest to a client that reads no more.
+_UNSENT_TIMEOUT_MS = 30_000
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -44,19 +47,25 @@ def serve(config: ServerConfig) -> None:
     import uvloop
 
     logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
-    listener = _listen(config)
+    listener = listen(config)
     with listener:
         source = find_model(config.model)
         config = dataclasses.replace(config, served_model_name=config.served_model_name or (source.name,))
         uvloop.run(_serve(config, source, listener))
 
 
-def _listen(config: ServerConfig) -> socket.socket:
-    """Binds first of all: a port that is taken should be known before gigabytes are loaded."""
+def listen(config: ServerConfig) -> socket.socket:
+    """Binds first of all: a port that is taken should be known before gigabytes are loaded.
+
+    Raises:
+        LaunchError: the address cannot be had.
+    """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if sys.platform == "linux":  # the connections inherit it
+            listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_TIMEOUT_MS)
         listener.bind((config.host, config.port))
         listener.listen(2048)
     except OSError as error:

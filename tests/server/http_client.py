@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -15,6 +16,7 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
+from server.launch import listen
 from server.tokenizer import Tokenizer
 
 MODEL = "smollm2-135m-instruct"
@@ -34,14 +36,20 @@ async def api(
 @asynccontextmanager
 async def serving(app: FastAPI, **settings: Any) -> AsyncIterator[int]:
     """Serves an application with uvicorn on a free port of this machine, which it yields."""
-    server = uvicorn.Server(
-        uvicorn.Config(app, host="127.0.0.1", port=0, lifespan="off", log_config=None, ws="none", **settings)
-    )
-    task = asyncio.create_task(server.serve())
+    with listen(ServerConfig(port=0)) as listener:
+        async with serving_at(listener, app, **settings):
+            yield listener.getsockname()[1]
+
+
+@asynccontextmanager
+async def serving_at(listener: socket.socket, app: FastAPI, **settings: Any) -> AsyncIterator[uvicorn.Server]:
+    """Serves an application with uvicorn on a socket that listens."""
+    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, ws="none", **settings))
+    task = asyncio.create_task(server.serve([listener]))
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.005)
     try:
-        yield server.servers[0].sockets[0].getsockname()[1]
+        yield server
     finally:
         server.should_exit = True
         server.force_exit = True
