@@ -51,8 +51,9 @@ def test_the_device_is_named_and_loading_reported(tmp_path: Path, monkeypatch: p
     assert executor.spec.max_model_len == 256
     assert (executor.spec.max_num_seqs, executor.spec.max_num_batched_tokens) == (3, 32)
     assert executor.spec.num_blocks == plan.num_blocks == 3 * 256 // 16
-    assert list(dict.fromkeys(what for what, _, _ in stages)) == ["kernels", "weights", "first step"]
-    for stage in ("kernels", "weights", "first step"):
+    names = ["kernels", "weights", "sampler", "first step"]
+    assert list(dict.fromkeys(what for what, _, _ in stages)) == names
+    for stage in names:
         done = [done for what, done, _ in stages if what == stage]
         assert done == sorted(done)
         assert done[-1] == next(total for what, _, total in stages if what == stage) >= 1
