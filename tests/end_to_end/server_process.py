@@ -16,13 +16,19 @@ import httpx
 
 
 class ServerProcess:
-    """Started by ``with``; ended by SIGTERM, and by SIGKILL if that takes over 20 s."""
+    """Started by ``with``; ended by SIGTERM, and by SIGKILL if that takes over 20 s.
+
+    Attributes:
+        lines: what it has printed.
+        start_seconds: how long it took from its start to the line with its address.
+    """
 
     def __init__(self, *flags: str, environment: dict[str, str] | None = None) -> None:
         self._flags = flags
         self._environment = environment or {}
         self.lines: list[str] = []
         self.url = ""
+        self.start_seconds = 0.0
         self._has_url = threading.Event()
 
     def __enter__(self) -> Self:
@@ -34,11 +40,12 @@ class ServerProcess:
         )
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        deadline = time.monotonic() + 90
+        began = time.monotonic()
         while not self._has_url.wait(0.05):
-            if self.process.poll() is not None or time.monotonic() > deadline:
+            if self.process.poll() is not None or time.monotonic() > began + 90:
                 self.__exit__()
                 raise RuntimeError("the server did not start:\n" + "\n".join(self.lines))
+        self.start_seconds = time.monotonic() - began
         return self
 
     def _read(self) -> None:
