@@ -14,13 +14,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from engine_runtime.cuda import DeviceBuffer, Event, PinnedBuffer, Stream
 from engine_runtime.kernels import sampling_layout as layout
+from engine_runtime.kernels.kernel_library import KernelLibrary
 from engine_runtime.kernels.sampling_rows import (
     ChangedLogits,
     PackedRows,
@@ -37,18 +38,6 @@ _SLAB_SLOTS = 16
 _STAGING_BUFFERS = 8
 
 
-class Kernel(Protocol):
-    """One compiled kernel, see ``kernel_library``."""
-
-    def launch(self, grid: tuple[int, ...], stream: int, *args: int | float) -> None: ...
-
-
-class Kernels(Protocol):
-    """Compiled kernels by name, see ``kernel_library``."""
-
-    def get(self, name: str) -> Kernel: ...
-
-
 class GpuSampler:
     """Samples the rows of a step on the device. All calls are made by the thread that owns the device.
 
@@ -58,7 +47,7 @@ class GpuSampler:
         output_address: where the results of a step lie on the device.
     """
 
-    def __init__(self, kernels: Kernels, vocab_size: int, max_rows: int, max_slots: int) -> None:
+    def __init__(self, kernels: KernelLibrary, vocab_size: int, max_rows: int, max_slots: int) -> None:
         """
         Args:
             max_rows: rows of logits in one step at most, those of prompt tokens included.
@@ -66,6 +55,7 @@ class GpuSampler:
 
         Raises:
             ValueError: the vocabulary is larger than ``layout.MAX_VOCAB_SIZE``.
+            KernelsMissingError: the kernels were not compiled.
             CudaError: not enough memory.
         """
         if not 0 < vocab_size <= layout.MAX_VOCAB_SIZE:
@@ -171,15 +161,15 @@ class GpuSampler:
         numbers = input_address
         addresses = numbers + 8 * layout.NUM_NUMBERS * self.max_rows
         words = addresses + 8 * layout.NUM_ADDRESSES * self.max_rows
-        handle, vocab_size = stream.handle, self.vocab_size
+        vocab_size = self.vocab_size
         num_tiles = -(-vocab_size // (layout.SUBTILE * layout.TILE_SUBTILES))
         self._scans[path].launch(
-            (num_tiles, num_rows), handle,
+            (num_tiles, num_rows, 1), stream,
             logits_address, words, addresses, at["maxima"], at["sums"], at["raw_maxima"], at["raw_sums"],
             vocab_size,
         )  # fmt: skip
         self._draws[path].launch(
-            (num_rows,), handle,
+            (num_rows, 1, 1), stream,
             logits_address, words, numbers, addresses, at["maxima"], at["sums"], at["subtiles"],
             at["few_weights"], at["few_ids"], at["tokens"], at["is_valid"], at["is_wide"],
             at["sampled_tokens"], vocab_size,
@@ -187,13 +177,13 @@ class GpuSampler:
         wide = self._wide[path]
         if wide is not None:
             wide.launch(
-                (num_rows,), handle,
+                (num_rows, 1, 1), stream,
                 logits_address, words, numbers, addresses, at["maxima"], at["sums"], at["few_weights"],
                 at["tokens"], at["is_valid"], at["is_wide"], at["sampled_tokens"], vocab_size,
             )  # fmt: skip
         if path is SamplingPath.FULL:
             self._report.launch(
-                (num_rows,), handle,
+                (num_rows, 1, 1), stream,
                 logits_address, words, at["raw_maxima"], at["raw_sums"], at["subtiles"], at["tokens"],
                 at["is_valid"], at["ranks"], at["chosen_logits"], at["largest_logits"], at["totals"],
                 at["top_ids"], at["top_logits"], vocab_size,

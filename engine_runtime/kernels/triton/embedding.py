@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from engine_runtime.kernels.gpu_embedding import BLOCK
+from engine_runtime.kernels.kernel_spec import KernelSpec
+
 
 @triton.jit
 def embed(
@@ -31,3 +34,22 @@ def embed(
     values = tl.load(table + token * hidden_size + columns, mask=mask)
     scaled = values.to(tl.float32) * scale
     tl.store(hidden + row * hidden_size + columns, scaled.to(hidden.dtype.element_ty), mask=mask)
+
+
+SPECS = [
+    KernelSpec(
+        embed,
+        f"embed_{dtype}",
+        {
+            "token_ids": "*i32",
+            "sampled_tokens": "*i32",
+            "table": f"*{dtype}:16",
+            "hidden": f"*{dtype}:16",
+            "scale": "fp32",
+            "vocab_size": "i32",
+            "hidden_size": "i32:16",
+        },
+        {"BLOCK": BLOCK},
+    )
+    for dtype in ("bf16", "fp16")
+]

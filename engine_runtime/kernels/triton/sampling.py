@@ -41,6 +41,7 @@ from engine_runtime.kernels.triton.sampling_row import (
     NUM_NUMBERS,
     NUM_WORDS,
     ONE_BITS,
+    PATHS,
     SMALLEST,
     SUBTILE,
     TILE_SUBTILES,
@@ -56,6 +57,7 @@ from engine_runtime.kernels.triton.sampling_row import (
     first_place,
     float_at,
     is_finite,
+    spec,
     ties_of_sum,
     undo_changes,
     values_of,
@@ -247,7 +249,7 @@ def draw(
     few_weights,
     few_ids,
     tokens,
-    is_valid_out,
+    is_valid,
     is_wide,
     sampled_tokens,
     vocab_size,
@@ -257,7 +259,7 @@ def draw(
     """A token for each row, but for those that it marks as wide.
 
     Grid: (rows,). maxima and sums as ``scan`` left them. subtiles int32 [rows, 2048], few_weights float32
-    and few_ids int32 [rows, 2048]: scratch. tokens, is_valid_out, is_wide int32 [rows]; a row whose logits
+    and few_ids int32 [rows, 2048]: scratch. tokens, is_valid, is_wide int32 [rows]; a row whose logits
     are not finite is not valid and gets token 0. sampled_tokens int32 [slots].
     """
     row = tl.program_id(0)
@@ -272,9 +274,9 @@ def draw(
     exists = index < tl.cdiv(vocab_size, SUBTILE)
     subtile_maxima = tl.load(maxima + row * MAX_SUBTILES + index, mask=exists, other=-INFINITY)
     largest = tl.max(subtile_maxima, 0)
-    is_valid = is_finite(largest)
+    finite = is_finite(largest)
     token = row * 0
-    if is_valid:
+    if finite:
         if DRAWN:
             if (flags & DRAWS) != 0:
                 factor = float_at(words + FACTOR)
@@ -306,6 +308,16 @@ def draw(
     if DRAWN:
         tl.store(is_wide + row, (token < 0).to(tl.int32))
     if token >= 0:
-        commit(row, token, is_valid, tokens, is_valid_out, sampled_tokens, flags, words, addresses, ADJUSTS)
+        commit(row, token, finite, tokens, is_valid, sampled_tokens, flags, words, addresses, ADJUSTS)
     if ADJUSTS:
         undo_changes(logits, flags, words, addresses)
+
+
+SPECS = [
+    *(
+        spec(scan, f"sample_scan_{path}{suffix}", 4, constexprs, vocab_size)
+        for path, constexprs in PATHS.items()
+        for suffix, vocab_size in (("", "i32:16"), ("_any", "i32"))
+    ),
+    *(spec(draw, f"sample_draw_{path}", 8, constexprs) for path, constexprs in PATHS.items()),
+]

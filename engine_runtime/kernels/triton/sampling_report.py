@@ -16,6 +16,7 @@ from engine_runtime.kernels.triton.sampling_row import (
     TOP_N,
     first_place,
     is_finite,
+    spec,
     weigh,
 )
 
@@ -97,3 +98,6 @@ def report(
                 last_logit = best
         else:
             tl.store(is_valid + row, 0)
+
+
+SPECS = [spec(report, "sample_report", 8)]

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from engine_runtime.kernels import sampling_layout as layout
+from engine_runtime.kernels.kernel_spec import KernelSpec
 
 SUBTILE = tl.constexpr(layout.SUBTILE)
 MAX_SUBTILES = tl.constexpr(layout.MAX_SUBTILES)
@@ -210,7 +211,7 @@ def ties_of_sum(needed, number_above, sum_above, threshold, lowest, ties):
 
 @triton.jit
 def commit(
-    row, token, is_valid, tokens, is_valid_out, sampled_tokens, flags, words, addresses, ADJUSTS: tl.constexpr
+    row, token, finite, tokens, is_valid, sampled_tokens, flags, words, addresses, ADJUSTS: tl.constexpr
 ):
     """Writes the result of a row where the host, the next step and later penalties look for it."""
     slot = tl.load(words + SLOT)
@@ -218,12 +219,39 @@ def commit(
         target = tl.load(words + TARGET)
         if target >= 0:
             token = target
-        if ((flags & HAS_PENALTIES) != 0) & is_valid:
+        if ((flags & HAS_PENALTIES) != 0) & finite:
             counts = tl.load(addresses + COUNTS).to(tl.pointer_type(tl.int16))
             count = tl.load(counts + token).to(tl.int32)
             if (count & COUNT_BITS) < COUNT_BITS:
                 tl.store(counts + token, (count + 1).to(tl.int16))
     tl.store(tokens + row, token)
-    tl.store(is_valid_out + row, is_valid.to(tl.int32))
+    tl.store(is_valid + row, finite.to(tl.int32))
     if slot >= 0:
         tl.store(sampled_tokens + slot, token)
+
+
+_TYPES = {
+    **dict.fromkeys(("logits", "maxima", "sums", "raw_maxima", "raw_sums", "few_weights"), "*fp32:16"),
+    **dict.fromkeys(("chosen_logits", "largest_logits", "totals", "top_logits"), "*fp32"),
+    **dict.fromkeys(("subtiles", "few_ids"), "*i32:16"),
+    **dict.fromkeys(("words", "tokens", "is_valid", "is_wide", "sampled_tokens", "ranks", "top_ids"), "*i32"),
+    "numbers": "*fp64",
+    "addresses": "*i64",
+    "vocab_size": "i32",
+}
+
+
+def spec(function, name, num_warps, constexprs=None, vocab_size="i32"):
+    """A compiled form of one of the kernels, whose arguments have the same types everywhere."""
+    constexprs = constexprs or {}
+    types = _TYPES | {"vocab_size": vocab_size}
+    signature = {argument: types[argument] for argument in function.arg_names if argument not in constexprs}
+    return KernelSpec(function, name, signature, constexprs, num_warps)
+
+
+PATHS = {
+    "greedy": {"DRAWN": False, "ADJUSTS": False},
+    "drawn": {"DRAWN": True, "ADJUSTS": False},
+    "full": {"DRAWN": True, "ADJUSTS": True},
+}
+"""The forms that ``SamplingPath`` chooses among."""

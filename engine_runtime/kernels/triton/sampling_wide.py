@@ -18,6 +18,7 @@ from engine_runtime.kernels.triton.sampling_row import (
     NUM_NUMBERS,
     NUM_WORDS,
     ONE_BITS,
+    PATHS,
     SMALLEST,
     SUBTILE,
     TOP_K,
@@ -29,6 +30,7 @@ from engine_runtime.kernels.triton.sampling_row import (
     draw_from,
     find_threshold,
     float_at,
+    spec,
     ties_of_sum,
     undo_changes,
     values_of,
@@ -79,7 +81,7 @@ def _gather_between(
     logits, largest, factor, low, high, few_weights, flags, words, addresses, vocab_size,
     ADJUSTS: tl.constexpr,
 ):  # fmt: skip
-    """Copies the first FEW weights in [low, high). Returns their number, and number and sum of those >= high."""
+    """Copies the first FEW weights in [low, high). Returns their number; number and sum of those >= high."""
     entry = tl.arange(0, WIDE_BLOCK)
     count = low * 0
     numbers = tl.zeros([WIDE_BLOCK], tl.int32)
@@ -110,7 +112,7 @@ def draw_wide(
     sums,
     few_weights,
     tokens,
-    is_valid_out,
+    is_valid,
     is_wide,
     sampled_tokens,
     vocab_size,
@@ -205,6 +207,12 @@ def draw_wide(
             logits, masses, target, threshold, kept_ties, largest, factor,
             flags, words, addresses, vocab_size, ADJUSTS,
         )  # fmt: skip
-        commit(row, token, token >= 0, tokens, is_valid_out, sampled_tokens, flags, words, addresses, ADJUSTS)
+        commit(row, token, token >= 0, tokens, is_valid, sampled_tokens, flags, words, addresses, ADJUSTS)
         if ADJUSTS:
             undo_changes(logits, flags, words, addresses)
+
+
+SPECS = [
+    spec(draw_wide, f"sample_wide_{path}", 16, {"ADJUSTS": PATHS[path]["ADJUSTS"]})
+    for path in ("drawn", "full")
+]
