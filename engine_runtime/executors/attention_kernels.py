@@ -18,7 +18,6 @@ from engine_runtime.executors.row_kernels import (
     rows_of_task,
     scratch_of_task,
 )
-from engine_runtime.executors.row_vectors import load_float
 from engine_runtime.executors.step_record import (
     BLOCK_TABLE_WIDTH,
     BLOCK_TABLES,
@@ -31,6 +30,7 @@ from engine_runtime.executors.step_record import (
 from engine_runtime.kernels.cpu import ROWS_PER_TILE
 from engine_runtime.kernels.cpu_attention import SCORES_STRIDE, attend, write_kv
 from engine_runtime.kernels.cpu_compile import kernel
+from engine_runtime.kernels.cpu_simd import load_scalar
 from engine_runtime.kernels.numpy_types import Float32Array, Int32Array, KvArray
 
 # Words of the arguments.
@@ -200,9 +200,9 @@ def _attend(arguments: int, task: int, cache: KvArray) -> None:
         head_dim,
         value_dim,
         load_int64(arguments, BLOCK_SIZE),
-        np.float64(load_float(arguments, 2 * SCALE)),
+        np.float64(load_scalar(arguments, 2 * SCALE)),
         load_int64(arguments, SLIDING_WINDOW),
-        np.float64(load_float(arguments, 2 * SOFTCAP)),
+        np.float64(load_scalar(arguments, 2 * SOFTCAP)),
         tiles,
         first,
         last,

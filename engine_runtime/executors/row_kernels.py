@@ -27,20 +27,29 @@ from engine_runtime.executors.operators import (
     SHARE,
 )
 from engine_runtime.executors.row_vectors import (
-    divide,
     hadamard_lanes,
-    load_float,
-    load_floats,
     load_integers,
     max_abs,
     max_abs_lanes,
     minimum,
     store_bytes,
-    store_float,
-    store_floats,
 )
 from engine_runtime.kernels.cpu_compile import kernel
-from engine_runtime.kernels.cpu_simd import LANES, add, exp2, maximum, multiply, splat, subtract, sum_lanes
+from engine_runtime.kernels.cpu_simd import (
+    LANES,
+    add,
+    divide,
+    exp2,
+    load,
+    load_scalar,
+    maximum,
+    multiply,
+    splat,
+    store,
+    store_scalar,
+    subtract,
+    sum_lanes,
+)
 
 ZERO = np.float32(0.0)
 ONE = np.float32(1.0)
@@ -66,34 +75,34 @@ def rotate_row(x: int, offset: int, columns: int, rotation: int, y: int) -> None
     """x to y[0:], each ``rotation`` neighbours Hadamard transformed: 2**n from 16 on, or 1 for none."""
     if rotation < LANES:
         for c in range(0, columns, LANES):
-            store_floats(y, c, load_floats(x, offset + c))
+            store(y, c, load(x, offset + c))
         return
     for c in range(0, columns, LANES):
-        store_floats(y, c, hadamard_lanes(load_floats(x, offset + c)))
+        store(y, c, hadamard_lanes(load(x, offset + c)))
     width = LANES
     while 4 * width <= rotation:
         for start in range(0, columns, 4 * width):
             for c in range(start, start + width, LANES):
-                v0 = load_floats(y, c)
-                v1 = load_floats(y, c + width)
-                v2 = load_floats(y, c + 2 * width)
-                v3 = load_floats(y, c + 3 * width)
+                v0 = load(y, c)
+                v1 = load(y, c + width)
+                v2 = load(y, c + 2 * width)
+                v3 = load(y, c + 3 * width)
                 s0 = add(v0, v1)
                 s1 = subtract(v0, v1)
                 s2 = add(v2, v3)
                 s3 = subtract(v2, v3)
-                store_floats(y, c, add(s0, s2))
-                store_floats(y, c + width, add(s1, s3))
-                store_floats(y, c + 2 * width, subtract(s0, s2))
-                store_floats(y, c + 3 * width, subtract(s1, s3))
+                store(y, c, add(s0, s2))
+                store(y, c + width, add(s1, s3))
+                store(y, c + 2 * width, subtract(s0, s2))
+                store(y, c + 3 * width, subtract(s1, s3))
         width *= 4
     if width < rotation:
         for start in range(0, columns, 2 * width):
             for c in range(start, start + width, LANES):
-                v0 = load_floats(y, c)
-                v1 = load_floats(y, c + width)
-                store_floats(y, c, add(v0, v1))
-                store_floats(y, c + width, subtract(v0, v1))
+                v0 = load(y, c)
+                v1 = load(y, c + width)
+                store(y, c, add(v0, v1))
+                store(y, c + width, subtract(v0, v1))
 
 
 @kernel
@@ -101,11 +110,11 @@ def _quantize(x: int, columns: int, q: int, offset: int) -> float:
     """Quantizes x[0:columns] to q[offset:]; returns the largest magnitude, NaN if there is a NaN."""
     largest = splat(ZERO)
     for c in range(0, columns, LANES):
-        largest = max_abs(largest, load_floats(x, c))
+        largest = max_abs(largest, load(x, c))
     bound: float = max_abs_lanes(largest)
     factor = splat(LARGEST / bound if bound > ZERO else ZERO)
     for c in range(0, columns, LANES):
-        store_bytes(q, offset + c, multiply(load_floats(x, c), factor))
+        store_bytes(q, offset + c, multiply(load(x, c), factor))
     return bound
 
 
@@ -117,7 +126,7 @@ def quantize_row_range(
     for row in range(first, last):
         rotate_row(x, row * columns, columns, rotation, scratch)
         bound = _quantize(scratch, columns, q, row * columns)
-        store_float(scale, row, bound / LARGEST)
+        store_scalar(scale, row, bound / LARGEST)
 
 
 @kernel
@@ -125,10 +134,10 @@ def dequantize_rows(
     sums: int, scale: int, column_scale: int, y: int, columns: int, first: int, last: int
 ) -> None:
     for row in range(first, last):
-        factor = splat(load_float(scale, row))
+        factor = splat(load_scalar(scale, row))
         for c in range(0, columns, LANES):
-            value = multiply(load_integers(sums, row * columns + c), load_floats(column_scale, c))
-            store_floats(y, row * columns + c, multiply(value, factor))
+            value = multiply(load_integers(sums, row * columns + c), load(column_scale, c))
+            store(y, row * columns + c, multiply(value, factor))
 
 
 def quantize_rows(arguments: int, task: int) -> None:
@@ -176,20 +185,18 @@ def swiglu_quantize(arguments: int, task: int) -> None:
     lowest = splat(np.float32(-126.0))
     highest = splat(np.float32(126.0))
     for row in range(first, last):
-        factor = splat(load_float(scale, row))
+        factor = splat(load_scalar(scale, row))
         gates = 2 * row * columns
         ups = gates + columns
         for c in range(0, columns, LANES):
-            gate = multiply(multiply(load_integers(sums, gates + c), load_floats(column_scale, c)), factor)
-            up = multiply(
-                multiply(load_integers(sums, ups + c), load_floats(column_scale, columns + c)), factor
-            )
+            gate = multiply(multiply(load_integers(sums, gates + c), load(column_scale, c)), factor)
+            up = multiply(multiply(load_integers(sums, ups + c), load(column_scale, columns + c)), factor)
             power = minimum(maximum(multiply(gate, exponent), lowest), highest)
             value = multiply(divide(gate, add(one, exp2(power))), up)
-            store_floats(h, c, value)
+            store(h, c, value)
         rotate_row(h, 0, columns, rotation, h)
         bound = _quantize(h, columns, q, row * columns)
-        store_float(scale_out, row, bound / LARGEST)
+        store_scalar(scale_out, row, bound / LARGEST)
 
 
 def add_rms_norm_quantize(arguments: int, task: int) -> None:
@@ -200,7 +207,7 @@ def add_rms_norm_quantize(arguments: int, task: int) -> None:
     first, last = rows_of_task(arguments, task)
     columns = load_int64(arguments, COLUMNS)
     rotation = load_int64(arguments, ROTATION)
-    epsilon = load_float(arguments, 2 * CONSTANT)
+    epsilon = load_scalar(arguments, 2 * CONSTANT)
     weighted = scratch_of_task(arguments, task)
     sums = load_int64(arguments, ADDRESSES)
     scale = load_int64(arguments, ADDRESSES + 1)
@@ -211,16 +218,16 @@ def add_rms_norm_quantize(arguments: int, task: int) -> None:
     q = load_int64(arguments, ADDRESSES + 6)
     scale_out = load_int64(arguments, ADDRESSES + 7)
     for row in range(first, last):
-        factor = splat(load_float(scale, row))
+        factor = splat(load_scalar(scale, row))
         squares = splat(ZERO)
         offset = row * columns
         for c in range(0, columns, LANES):
-            product = multiply(load_integers(sums, offset + c), load_floats(column_scale, c))
-            total = add(load_floats(residual, offset + c), multiply(product, factor))
-            store_floats(residual_out, offset + c, total)
+            product = multiply(load_integers(sums, offset + c), load(column_scale, c))
+            total = add(load(residual, offset + c), multiply(product, factor))
+            store(residual_out, offset + c, total)
             squares = add(squares, multiply(total, total))
-            store_floats(weighted, c, multiply(total, load_floats(weight, c)))
+            store(weighted, c, multiply(total, load(weight, c)))
         rotate_row(weighted, 0, columns, rotation, weighted)
         bound = _quantize(weighted, columns, q, offset)
         mean = sum_lanes(squares) / np.float32(columns)
-        store_float(scale_out, row, bound / (LARGEST * np.sqrt(mean + epsilon)))
+        store_scalar(scale_out, row, bound / (LARGEST * np.sqrt(mean + epsilon)))

@@ -1,4 +1,4 @@
-"""Vectors of 16 at raw addresses: what the row kernels load, convert and store.
+"""What the row kernels need beside ``cpu_simd``: conversions, magnitudes, a Hadamard transform of 16 lanes.
 
 ``address`` is that of element 0 and ``offset`` counts elements, as everywhere unchecked.
 """
@@ -29,48 +29,6 @@ def _vector_at(builder: Any, address: Any, offset: Any, element: Any) -> Any:
 
 def _integers(value: int) -> Any:
     return ir.Constant(INT_VECTOR, [INT32(value)] * LANES)
-
-
-@native
-def load_float(typing_context: Any, address: Any, offset: Any) -> Any:
-    """One float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_at(builder, arguments[0], arguments[1], _FLOAT), typ=_FLOAT, align=4)
-
-    return types.float32(types.int64, types.int64), generate
-
-
-@native
-def store_float(typing_context: Any, address: Any, offset: Any, value: Any) -> Any:
-    """One float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[2], _at(builder, arguments[0], arguments[1], _FLOAT), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, types.float32), generate
-
-
-@native
-def load_floats(typing_context: Any, address: Any, offset: Any) -> Any:
-    """16 float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.load(_vector_at(builder, arguments[0], arguments[1], _FLOAT), typ=VECTOR, align=4)
-
-    return float32x16(types.int64, types.int64), generate
-
-
-@native
-def store_floats(typing_context: Any, address: Any, offset: Any, vector: Any) -> Any:
-    """16 float32."""
-
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        builder.store(arguments[2], _vector_at(builder, arguments[0], arguments[1], _FLOAT), align=4)
-        return context.get_dummy_value()
-
-    return types.void(types.int64, types.int64, float32x16), generate
 
 
 @native
@@ -128,14 +86,6 @@ def minimum(typing_context: Any, a: Any, b: Any) -> Any:
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         first, second = arguments
         return builder.select(builder.fcmp_ordered("<", first, second), first, second)
-
-    return float32x16(float32x16, float32x16), generate
-
-
-@native
-def divide(typing_context: Any, a: Any, b: Any) -> Any:
-    def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
-        return builder.fdiv(*arguments)
 
     return float32x16(float32x16, float32x16), generate
 
