@@ -57,9 +57,12 @@ def _invalid(detail: ErrorDetails) -> InvalidRequestError:
         )
     if kind in _BOUNDS:
         suffix, words, name = _BOUNDS[kind]
-        number = "integer" if isinstance(value, int) else "decimal"
+        bound = context[name]
+        # Fields that take decimals have decimal bounds, whatever was sent.
+        number = "integer" if isinstance(bound, int) else "decimal"
+        shown = str(bound).removesuffix(".0")
         return InvalidRequestError(
-            f"Invalid '{param}': expected a number of {words} {context[name]}, but got {_number(value)}.",
+            f"Invalid '{param}': expected a number of {words} {shown}, but got {_number(value)}.",
             param=param,
             code=f"{number}_{suffix}",
         )

@@ -110,17 +110,17 @@ class SamplingFields(WireModel):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    temperature: Annotated[_Number, Field(ge=0, le=2)] | None = None
-    top_p: Annotated[_Number, Field(gt=0, le=1)] | None = None
+    temperature: Annotated[_Number, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[_Number, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
-    min_p: Annotated[_Number, Field(ge=0, le=1)] | None = None
+    min_p: Annotated[_Number, Field(ge=0.0, le=1.0)] | None = None
     seed: Annotated[int, Field(ge=-_INT64_MAX - 1, le=_INT64_MAX)] | None = None
-    presence_penalty: Annotated[_Number, Field(ge=-2, le=2)] | None = None
-    frequency_penalty: Annotated[_Number, Field(ge=-2, le=2)] | None = None
-    repetition_penalty: Annotated[_Number, Field(gt=0, le=10)] | None = None
+    presence_penalty: Annotated[_Number, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[_Number, Field(ge=-2.0, le=2.0)] | None = None
+    repetition_penalty: Annotated[_Number, Field(gt=0.0, le=10.0)] | None = None
     logit_bias: (
         Annotated[
-            dict[str, Annotated[_Number, Field(ge=-100, le=100)]],
+            dict[str, Annotated[_Number, Field(ge=-100.0, le=100.0)]],
             BeforeValidator(_few_biases),
         ]
         | None
