@@ -83,7 +83,7 @@ def make_case(
     for info in segment.model.graph.input:
         shape = tuple(dim.dim_value for dim in info.type.tensor_type.shape.dim)
         weight = next((weight for weight in segment.weights if weight.name == info.name), None)
-        values = rng.standard_normal(shape, dtype=np.float32)
+        values: Array = rng.standard_normal(shape, dtype=np.float32)
         if weight is not None and len(shape) == 2:
             values *= shape[1] ** -0.5
         elif weight is not None:
@@ -92,8 +92,8 @@ def make_case(
     exact = build_segment(config, kind, "float32", num_tokens)
     evaluator = ReferenceEvaluator(exact.model)
     names = [output.name for output in exact.model.graph.output]
-    values = evaluator.run(None, {name: array.astype(np.float32) for name, array in inputs.items()})
-    return SegmentCase(segment, inputs, dict(zip(names, values, strict=True)))
+    results = evaluator.run(None, {name: array.astype(np.float32) for name, array in inputs.items()})
+    return SegmentCase(segment, inputs, dict(zip(names, results, strict=True)))
 
 
 def relative_errors(case: SegmentCase, results: Mapping[str, Array]) -> dict[str, float]:

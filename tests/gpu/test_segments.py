@@ -11,9 +11,15 @@ from tests.gpu.gpu_found import skip_without_gpu
 
 pytestmark = skip_without_gpu
 
-from engine_runtime.cuda import CudaDevice, Stream  # noqa: E402
+from engine_runtime.cuda import CudaDevice, DeviceBuffer, Stream  # noqa: E402
+from engine_runtime.executors.tensorrt_cache import EngineCache  # noqa: E402
+from engine_runtime.executors.tensorrt_kernel_forms import candidates, parse_forms, projections  # noqa: E402
+from engine_runtime.executors.tensorrt_kernel_segment import KernelSegment  # noqa: E402
 from engine_runtime.executors.tensorrt_segment import TrtSegment  # noqa: E402
+from engine_runtime.executors.tensorrt_tactics import SegmentFactory  # noqa: E402
 from engine_runtime.executors.trt_builder import TrtBuilder  # noqa: E402
+from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError  # noqa: E402
+from engine_runtime.model_config import ModelConfig  # noqa: E402
 from engine_runtime.models.architectures import ARCHITECTURES  # noqa: E402
 from engine_runtime.models.segment import DType, SegmentKind  # noqa: E402
 from tests.engine_runtime.tiny_configs import tiny_config  # noqa: E402
@@ -23,8 +29,20 @@ KINDS: tuple[SegmentKind, ...] = ("first", "middle", "last")
 
 
 @pytest.fixture(scope="module")
-def stream() -> Iterator[Stream]:
-    CudaDevice()
+def device() -> CudaDevice:
+    return CudaDevice()
+
+
+@pytest.fixture(scope="module")
+def library(device: CudaDevice) -> KernelLibrary:
+    try:
+        return KernelLibrary(device)
+    except KernelsMissingError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def stream(device: CudaDevice) -> Iterator[Stream]:
     stream = Stream()
     yield stream
     stream.close()
@@ -83,3 +101,78 @@ def test_kernels_compiled_before_are_used_again(stream: Stream, builder: TrtBuil
     damaged = TrtSegment(trt_engine, 16, kernels[: len(kernels) // 2])
     assert not damaged.had_compiled_kernels
     case.run(damaged, stream)
+
+
+def small_config(architecture: str, **changes: object) -> ModelConfig:
+    """Dimensions that kernels take, not all of them multiples of their blocks."""
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "vocab_size": 400, "final_logit_softcap": None}
+    return tiny_config(architecture, **(sizes | changes))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 24, 64, 65, 128, 300, 1030])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_kernels_compute_every_segment(
+    architecture: str, num_tokens: int, stream: Stream, device: CudaDevice, library: KernelLibrary
+) -> None:
+    config = small_config(architecture)
+    for kind in KINDS:
+        case = make_case(config, kind, num_tokens)
+        segment = KernelSegment(config, kind, num_tokens, library, device.properties.num_multiprocessors)
+        errors = relative_errors(case, case.run(segment, stream))
+        assert all(error < 1e-2 for error in errors.values()), (kind, errors)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 4, 32, 64, 128, 256, 512, 1024])
+def test_kernels_compute_a_layer_of_8b(
+    num_tokens: int, stream: Stream, device: CudaDevice, library: KernelLibrary
+) -> None:
+    config = llama_8b_config()
+    case = make_case(config, "middle", num_tokens)
+    segment = KernelSegment(config, "middle", num_tokens, library, device.properties.num_multiprocessors)
+    errors = relative_errors(case, case.run(segment, stream))
+    assert all(error < 1e-2 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 256])
+def test_every_form_computes_the_same(
+    num_tokens: int, stream: Stream, device: CudaDevice, library: KernelLibrary
+) -> None:
+    known = parse_forms(library.names)
+    config = small_config("llama", hidden_size=512, intermediate_size=1024)
+    for kind in ("middle", "last"):
+        case = make_case(config, kind, num_tokens)
+        for projection in projections(config, kind):
+            for form in candidates(known, config, kind, projection, num_tokens):
+                segment = KernelSegment(
+                    config,
+                    kind,
+                    num_tokens,
+                    library,
+                    device.properties.num_multiprocessors,
+                    {projection: form.name},
+                )
+                assert segment.forms[projection] == form
+                errors = relative_errors(case, case.run(segment, stream))
+                assert all(error < 1e-2 for error in errors.values()), (form.name, errors)
+
+
+def test_the_fastest_tactic_is_kept(
+    stream: Stream, device: CudaDevice, library: KernelLibrary, tmp_path: Path
+) -> None:
+    config = small_config("llama")
+    case = make_case(config, "middle", 16)
+    buffers = {name: DeviceBuffer.of(array) for name, array in case.inputs.items()}
+    buffers |= {name: DeviceBuffer(array.nbytes) for name, array in case.expected.items()}
+    addresses = {name: buffer.address for name, buffer in buffers.items()}
+    workspace = DeviceBuffer(64 << 20)
+    factory = SegmentFactory(config, device, EngineCache(tmp_path), library)
+    assert factory.known_tactic("middle", 16) is None
+    found = factory.tune("middle", 16, [addresses], (workspace.address, workspace.num_bytes), stream)
+    assert found.microseconds.keys() == {"kernels", "tensorrt"}
+    assert min(found.microseconds, key=lambda name: found.microseconds[name]) == found.formulation
+    again = SegmentFactory(config, device, EngineCache(tmp_path), library)
+    assert again.known_tactic("middle", 16) == found
+    errors = relative_errors(case, case.run(again.make("middle", 16), stream))
+    assert all(error < 1e-2 for error in errors.values()), errors
+    for buffer in (*buffers.values(), workspace):
+        buffer.free()

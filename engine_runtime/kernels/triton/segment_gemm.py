@@ -2,16 +2,21 @@
 
 Few tokens: the weights are read once, at the speed of memory (``gemv`` for one token, ``skinny_gemm``).
 Many tokens: ``tiled_gemm`` reads both operands through the tensor memory accelerator (compute capability 9).
-All accumulate in float32. K is a multiple of SPLIT * BK.
+All accumulate in float32. K is a multiple of BK, or of SPLIT * BK.
+
+SCALED: W is E4M3 with a float32 factor for each row (``w_scale`` [N]), and so is x for each token
+(``x_scale`` [T]), except in ``gemv``, whose x keeps 16 bits.
 """
 
 import triton
 import triton.language as tl
 
+from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec
+
 
 @triton.jit
 def _activate(gate, up, ACTIVATION: tl.constexpr):
-    """silu(gate) * up or gelu(gate) * up, float32."""
+    """silu(gate) * up or gelu(gate) * up (tanh form), float32."""
     if ACTIVATION == "silu":
         return gate * tl.sigmoid(gate) * up
     # 0.5 (1 + tanh(z)) = sigmoid(2 z)
@@ -23,6 +28,7 @@ def _activate(gate, up, ACTIVATION: tl.constexpr):
 def gemv(
     x,
     w,
+    w_scale,
     norm_weight,
     addend,
     out,
@@ -35,6 +41,7 @@ def gemv(
     NORM: tl.constexpr,
     ADD: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """out = f(x W^T) for one token. Grid: ceil(N / BN).
 
@@ -43,8 +50,9 @@ def gemv(
     rows first, and the result is activation(gate) * up; "": none.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
+    last = tl.minimum(rows, N - 1)
     columns = tl.arange(0, BK)
-    weights = w + tl.minimum(rows, N - 1)[:, None].to(tl.int64) * K + columns[None, :]
+    weights = w + last[:, None].to(tl.int64) * K + columns[None, :]
     up_offset = N.to(tl.int64) * K
     acc = tl.zeros((BN, BK), tl.float32)
     acc_up = tl.zeros((BN, BK), tl.float32)
@@ -56,17 +64,25 @@ def gemv(
             uk = tl.load(weights + up_offset + k, eviction_policy="evict_first").to(tl.float32)
         if NORM:
             squares += xk * xk
-            xk = (xk * tl.load(norm_weight + k + columns).to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+            xk = (
+                (xk * tl.load(norm_weight + k + columns).to(tl.float32)).to(x.dtype.element_ty).to(tl.float32)
+            )
         acc += wk * xk[None, :]
         if ACTIVATION != "":
             acc_up += uk * xk[None, :]
     y = tl.sum(acc, 1)
-    scale = 1.0
     if NORM:
-        scale = tl.rsqrt(tl.sum(squares, 0) / K + epsilon)
-        y = y * scale
+        norm_scale = tl.rsqrt(tl.sum(squares, 0) / K + epsilon)
+        y = y * norm_scale
+    if SCALED:
+        y = y * tl.load(w_scale + last)
     if ACTIVATION != "":
-        y = _activate(y, tl.sum(acc_up, 1) * scale, ACTIVATION)
+        up = tl.sum(acc_up, 1)
+        if NORM:
+            up = up * norm_scale
+        if SCALED:
+            up = up * tl.load(w_scale + N + last)
+        y = _activate(y, up, ACTIVATION)
     mask = rows < N
     if ADD:
         y += tl.load(addend + rows, mask=mask, other=0.0).to(tl.float32)
@@ -76,8 +92,9 @@ def gemv(
 @triton.jit
 def skinny_gemm(
     x,
+    x_scale,
     w,
-    bias,
+    w_scale,
     out,
     T,
     N,
@@ -87,13 +104,13 @@ def skinny_gemm(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
     SPLIT: tl.constexpr,
-    BIAS: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     """out = f(x W^T) for T <= BM tokens. Grid: (ceil(N / BN), SPLIT).
 
-    x [T, K], out [SPLIT, T, N]: each part sums K / SPLIT columns, and whoever reads it adds them up. BIAS
-    (``bias`` [N]) and ACTIVATION as in ``gemv``, with SPLIT 1 only.
+    x [T, K], out [SPLIT, T, N]: each part sums K / SPLIT columns, and whoever reads it adds them up.
+    ACTIVATION as in ``gemv``, with SPLIT 1 only.
     """
     rows = tl.program_id(0) * BN + tl.arange(0, BN)
     part = tl.program_id(1)
@@ -101,7 +118,8 @@ def skinny_gemm(
     columns = tl.arange(0, BK)
     length = K // SPLIT
     first = part * length
-    weights = w + tl.minimum(rows, N - 1)[:, None].to(tl.int64) * K + (first + columns)[None, :]
+    last = tl.minimum(rows, N - 1)
+    weights = w + last[:, None].to(tl.int64) * K + (first + columns)[None, :]
     inputs = x + tl.minimum(tokens, T - 1)[:, None] * K + (first + columns)[None, :]
     up_offset = N.to(tl.int64) * K
     acc = tl.zeros((BM, BN), tl.float32)
@@ -114,9 +132,12 @@ def skinny_gemm(
         acc = tl.dot(xk, wk.T, acc)
         if ACTIVATION != "":
             acc_up = tl.dot(xk, uk.T, acc_up)
-    if BIAS:
-        acc += tl.load(bias + tl.minimum(rows, N - 1)).to(tl.float32)[None, :]
+    if SCALED:
+        token_scale = tl.load(x_scale + tl.minimum(tokens, T - 1))[:, None]
+        acc = acc * token_scale * tl.load(w_scale + last)[None, :]
     if ACTIVATION != "":
+        if SCALED:
+            acc_up = acc_up * token_scale * tl.load(w_scale + N + last)[None, :]
         acc = _activate(acc, acc_up, ACTIVATION)
     offsets = (part * T + tokens)[:, None].to(tl.int64) * N + rows[None, :]
     mask = (tokens < T)[:, None] & (rows < N)[None, :]
@@ -126,8 +147,9 @@ def skinny_gemm(
 @triton.jit
 def tiled_gemm(
     x,
+    x_scale,
     w,
-    bias,
+    w_scale,
     out,
     T,
     N,
@@ -136,20 +158,20 @@ def tiled_gemm(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
-    PROGRAMS: tl.constexpr,
-    BIAS: tl.constexpr,
+    PERSISTENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
-    """out = f(x W^T) for many tokens. Grid: min(PROGRAMS, tiles * SPLIT), or all of them if PROGRAMS is 0.
+    """out = f(x W^T) for many tokens. Grid: tiles * SPLIT; PERSISTENT: as many as there are multiprocessors.
 
     x: descriptor [T, K] of blocks [BM, BK]. w: descriptor of blocks [BN, BK]; with ACTIVATION, BN rows of
-    gate and as many of up are one tile. out [SPLIT, T, N], and BIAS as in ``skinny_gemm``.
+    gate and as many of up are one tile. out [SPLIT, T, N] as in ``skinny_gemm``.
     """
     tiles_m = tl.cdiv(T, BM)
     tiles_n = tl.cdiv(N, BN)
     total = tiles_m * tiles_n * SPLIT
     length = K // SPLIT
-    step = PROGRAMS if PROGRAMS > 0 else total
+    step = tl.num_programs(0) if PERSISTENT else total
     for index in tl.range(tl.program_id(0), total, step):
         part = index % SPLIT
         tile = index // SPLIT
@@ -161,17 +183,194 @@ def tiled_gemm(
         n = tile % width // group * BN
         acc = tl.zeros((BM, BN), tl.float32)
         acc_up = tl.zeros((BM, BN), tl.float32)
-        for k in tl.range(part * length, (part + 1) * length, BK):
+        for k in range(part * length, (part + 1) * length, BK):
             xk = x.load([m, k])
             acc = tl.dot(xk, w.load([n, k]).T, acc)
             if ACTIVATION != "":
                 acc_up = tl.dot(xk, w.load([N + n, k]).T, acc_up)
         tokens = m + tl.arange(0, BM)
         rows = n + tl.arange(0, BN)
-        if BIAS:
-            acc += tl.load(bias + tl.minimum(rows, N - 1)).to(tl.float32)[None, :]
+        if SCALED:
+            last = tl.minimum(rows, N - 1)
+            token_scale = tl.load(x_scale + tl.minimum(tokens, T - 1))[:, None]
+            acc = acc * token_scale * tl.load(w_scale + last)[None, :]
         if ACTIVATION != "":
+            if SCALED:
+                acc_up = acc_up * token_scale * tl.load(w_scale + N + last)[None, :]
             acc = _activate(acc, acc_up, ACTIVATION)
         offsets = (part * T + tokens)[:, None].to(tl.int64) * N + rows[None, :]
         mask = (tokens < T)[:, None] & (rows < N)[None, :]
         tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
+
+
+# What is compiled: forms that were fastest somewhere, for one of the shapes of segment_choice.py, on an
+# H200 (results/gpu_segments.md). Each line: block sizes, stages, warps. Names hold all of it, and
+# executors/tensorrt_kernel_choice.py reads them.
+
+_GEMV_BLOCKS = (
+    (8, 512, 3, 4),
+    (8, 256, 4, 2),
+    (16, 512, 1, 8),
+    (16, 256, 3, 4),
+    (16, 128, 4, 4),
+    (32, 64, 4, 4),
+)
+# role: (NORM, ADD, ACTIVATION, type of out)
+_GEMV_ROLES = {
+    "add": (False, True, "", "bf16"),
+    "norm": (True, False, "", "bf16"),
+    "norm_add": (True, True, "", "bf16"),
+    "norm_silu": (True, False, "silu", "bf16"),
+    "norm_logits": (True, False, "", "fp32"),
+}
+# role: (SPLIT, ACTIVATION, type of out)
+_GEMM_ROLES = {
+    "plain": (1, "", "bf16"),
+    "parts2": (2, "", "fp32"),
+    "parts4": (4, "", "fp32"),
+    "silu": (1, "silu", "bf16"),
+    "gelu": (1, "gelu", "bf16"),
+    "logits": (1, "", "fp32"),
+}
+_SKINNY_NARROW = (
+    (16, 64, 128, 5, 4), (16, 32, 128, 6, 4), (16, 32, 64, 8, 4), (16, 64, 64, 8, 4), (16, 128, 64, 6, 4),
+    (32, 64, 128, 5, 4), (32, 32, 64, 8, 4), (32, 128, 64, 6, 4),
+    (64, 64, 128, 5, 4), (64, 64, 64, 8, 4), (64, 128, 64, 6, 4),
+)  # fmt: skip
+_SKINNY_GATED = (
+    (16, 32, 256, 3, 4), (16, 32, 128, 5, 4), (16, 64, 128, 4, 8), (16, 64, 64, 5, 8),
+    (32, 64, 128, 4, 8), (32, 128, 64, 4, 8), (32, 64, 64, 6, 4),
+    (64, 64, 64, 6, 4), (64, 128, 64, 4, 8), (64, 64, 128, 4, 8),
+)  # fmt: skip
+_SKINNY_LOGITS = (
+    (16, 64, 128, 4, 8), (16, 32, 128, 6, 4), (16, 32, 64, 8, 4),
+    (32, 64, 128, 4, 8), (32, 128, 128, 4, 8), (32, 64, 64, 6, 4),
+    (64, 128, 128, 4, 8), (64, 128, 64, 6, 4),
+)  # fmt: skip
+# The last number: persistent or not.
+_TILED = {
+    "plain": (
+        (64, 64, 64, 6, 4, 0), (64, 128, 64, 5, 4, 0), (128, 128, 64, 4, 4, 0),
+        (128, 256, 64, 3, 8, 1), (128, 256, 64, 4, 8, 0), (256, 128, 64, 4, 8, 0),
+    ),
+    "parts2": (
+        (64, 64, 64, 6, 4, 0), (64, 64, 128, 4, 4, 0), (128, 128, 64, 4, 8, 0), (128, 256, 64, 4, 8, 0),
+    ),
+    "parts4": (
+        (64, 128, 64, 5, 4, 0), (128, 128, 64, 4, 8, 0), (128, 128, 128, 3, 8, 0), (128, 256, 64, 4, 8, 0),
+    ),
+    "silu": (
+        (64, 64, 64, 5, 4, 0), (64, 128, 64, 4, 8, 0), (128, 64, 128, 3, 8, 0),
+        (128, 128, 64, 3, 8, 0), (128, 128, 64, 3, 8, 1), (128, 128, 64, 4, 8, 0), (128, 128, 64, 4, 8, 1),
+    ),
+    "gelu": ((64, 64, 64, 5, 4, 0), (128, 128, 64, 3, 8, 0)),
+    "logits": (
+        (64, 256, 64, 4, 4, 0), (128, 128, 64, 4, 4, 0), (128, 256, 64, 4, 8, 1), (256, 128, 64, 4, 8, 0),
+    ),
+}  # fmt: skip
+
+
+def _block_name(*numbers: int) -> str:
+    return "x".join(map(str, numbers))
+
+
+def _gemv_spec(role: str, bn: int, bk: int, stages: int, warps: int) -> KernelSpec:
+    norm, add, activation, out = _GEMV_ROLES[role]
+    return KernelSpec(
+        gemv,
+        f"gemv_{role}_{_block_name(1, bn, bk, stages, warps)}",
+        {
+            "x": "*bf16:16",
+            "w": "*bf16:16",
+            "w_scale": "*fp32:16",
+            "norm_weight": "*bf16:16",
+            "addend": "*bf16:16",
+            "out": f"*{out}:16",
+            "N": "i32",
+            "K": "i32:16",
+            "epsilon": "fp32",
+        },
+        {
+            "BN": bn,
+            "BK": bk,
+            "STAGES": stages,
+            "NORM": norm,
+            "ADD": add,
+            "ACTIVATION": activation,
+            "SCALED": False,
+        },
+        num_warps=warps,
+    )
+
+
+def _skinny_spec(role: str, bm: int, bn: int, bk: int, stages: int, warps: int) -> KernelSpec:
+    split, activation, out = _GEMM_ROLES[role]
+    columns = bn * (2 if activation else 1)
+    shared_memory = (bm + columns) * bk * 2 * stages
+    return KernelSpec(
+        skinny_gemm,
+        f"skinny_{role}_{_block_name(bm, bn, bk, stages, warps)}",
+        {
+            "x": "*bf16:16",
+            "x_scale": "*fp32:16",
+            "w": "*bf16:16",
+            "w_scale": "*fp32:16",
+            "out": f"*{out}:16",
+            "T": "i32",
+            "N": "i32:16",
+            "K": "i32:16",
+        },
+        {
+            "BM": bm,
+            "BN": bn,
+            "BK": bk,
+            "STAGES": stages,
+            "SPLIT": split,
+            "ACTIVATION": activation,
+            "SCALED": False,
+        },
+        num_warps=warps,
+        architectures=tuple(a for a in ARCHITECTURES if shared_memory <= _SHARED_MEMORY[a]),
+    )
+
+
+def _tiled_spec(role: str, bm: int, bn: int, bk: int, stages: int, warps: int, persistent: int) -> KernelSpec:
+    split, activation, out = _GEMM_ROLES[role]
+    return KernelSpec(
+        tiled_gemm,
+        f"tiled_{role}_{_block_name(bm, bn, bk, stages, warps)}{'_persistent' if persistent else ''}",
+        {
+            "x": f"tensordesc<bf16[{bm}, {bk}]>",
+            "x_scale": "*fp32:16",
+            "w": f"tensordesc<bf16[{bn}, {bk}]>",
+            "w_scale": "*fp32:16",
+            "out": f"*{out}:16",
+            "T": "i32",
+            "N": "i32:16",
+            "K": "i32:16",
+        },
+        {
+            "BM": bm,
+            "BN": bn,
+            "BK": bk,
+            "SPLIT": split,
+            "PERSISTENT": bool(persistent),
+            "ACTIVATION": activation,
+            "SCALED": False,
+        },
+        num_warps=warps,
+        num_stages=stages,
+        architectures=(90,),
+    )
+
+
+# Bytes a program may have, less what Triton takes for its own.
+_SHARED_MEMORY = {80: 160 << 10, 86: 96 << 10, 89: 96 << 10, 90: 220 << 10, 100: 220 << 10, 120: 96 << 10}
+
+SPECS = [
+    *(_gemv_spec(role, *blocks) for role in _GEMV_ROLES for blocks in _GEMV_BLOCKS),
+    *(_skinny_spec(role, *blocks) for role in ("plain", "parts2", "parts4") for blocks in _SKINNY_NARROW),
+    *(_skinny_spec(role, *blocks) for role in ("silu", "gelu") for blocks in _SKINNY_GATED),
+    *(_skinny_spec("logits", *blocks) for blocks in _SKINNY_LOGITS),
+    *(_tiled_spec(role, *blocks) for role, forms in _TILED.items() for blocks in forms),
+]

@@ -3,12 +3,25 @@
 import triton
 import triton.language as tl
 
+from engine_runtime.kernels.kernel_spec import KernelSpec
+
+_MAX_PARTS = tl.constexpr(4)
+
 
 @triton.jit
-def _normed(x, weight, mask, size, epsilon):
-    """RMSNorm of a float32 row, 0 outside of ``mask``; float32."""
-    scale = tl.rsqrt(tl.sum(x * x, 0) / size + epsilon)
-    return x * scale * weight
+def _normed(x, weight, size, epsilon):
+    """RMSNorm of a float32 row that is 0 beyond ``size``; float32."""
+    return x * tl.rsqrt(tl.sum(x * x, 0) / size + epsilon) * weight
+
+
+@triton.jit
+def _sum_parts(y, offsets, mask, num_parts, part_size):
+    """The sum of up to 4 arrays that lie one after the other; all are loaded at once."""
+    total = tl.zeros(offsets.shape, tl.float32)
+    for part in tl.static_range(_MAX_PARTS):
+        wanted = mask & (part < num_parts)
+        total += tl.load(y + part * part_size + offsets, mask=wanted, other=0.0).to(tl.float32)
+    return total
 
 
 @triton.jit
@@ -19,17 +32,17 @@ def add_norm(
     weight,
     residual_out,
     normed,
+    num_parts,
+    has_post,
     T,
     H,
     epsilon,
     BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    POST: tl.constexpr,
 ):
     """residual_out = residual + y; normed = RMSNorm(residual_out). Grid: T.
 
-    y [PARTS, T, H], whose parts are summed; with PARTS 0 there is none. residual, residual_out, normed
-    [T, H]; ``residual_out`` may be ``residual``. POST: y is itself normalized first (``post_weight``).
+    y [num_parts, T, H], whose parts are summed; with 0 parts there is none. residual, residual_out, normed
+    [T, H]; ``residual_out`` may be ``residual``. has_post 1: y is itself normalized first (``post_weight``).
     weight, post_weight [H]. BLOCK >= H.
     """
     row = tl.program_id(0).to(tl.int64)
@@ -37,18 +50,14 @@ def add_norm(
     mask = columns < H
     offsets = row * H + columns
     total = tl.load(residual + offsets, mask=mask, other=0.0).to(tl.float32)
-    if PARTS > 0:
-        added = tl.zeros((BLOCK,), tl.float32)
-        for part in tl.static_range(PARTS):
-            added += tl.load(y + part * T.to(tl.int64) * H + offsets, mask=mask, other=0.0).to(tl.float32)
-        if POST:
-            factor = tl.load(post_weight + columns, mask=mask, other=0.0).to(tl.float32)
-            added = _normed(added, factor, mask, H, epsilon)
-        total += added
-    rounded = total.to(residual_out.dtype.element_ty)
+    added = _sum_parts(y, offsets, mask, num_parts, T.to(tl.int64) * H)
+    if has_post != 0:
+        factor = tl.load(post_weight + columns, mask=mask, other=0.0).to(tl.float32)
+        added = _normed(added, factor, H, epsilon)
+    rounded = (total + added).to(residual_out.dtype.element_ty)
     tl.store(residual_out + offsets, rounded, mask=mask)
     factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-    result = _normed(rounded.to(tl.float32), factor, mask, H, epsilon)
+    result = _normed(rounded.to(tl.float32), factor, H, epsilon)
     tl.store(normed + offsets, result.to(normed.dtype.element_ty), mask=mask)
 
 
@@ -59,21 +68,20 @@ def finish_heads(
     query_weight,
     key_weight,
     out,
-    T,
+    num_parts,
+    has_bias,
+    has_norm,
     num_query_heads,
     num_key_heads,
     head_dim,
     epsilon,
     BLOCK: tl.constexpr,
-    PARTS: tl.constexpr,
-    BIAS: tl.constexpr,
-    NORM: tl.constexpr,
 ):
     """Sums the parts of the merged query, key and value projection, adds its bias, normalizes its heads.
 
-    Grid: (T, num_query_heads + 2 num_key_heads). y [PARTS, T, width], out and bias of the same width, which
-    may be in place. NORM: RMSNorm of each query head (``query_weight`` [head_dim]) and key head. BLOCK >=
-    head_dim.
+    Grid: (T, num_query_heads + 2 num_key_heads). y [num_parts, T, width], out [T, width] and bias [width];
+    ``out`` may be ``y`` if there is one part. has_norm 1: RMSNorm of each query head (``query_weight``
+    [head_dim]) and of each key head. BLOCK >= head_dim.
     """
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
@@ -81,14 +89,63 @@ def finish_heads(
     mask = columns < head_dim
     width = (num_query_heads + 2 * num_key_heads) * head_dim
     offsets = row * width + head * head_dim + columns
-    x = tl.zeros((BLOCK,), tl.float32)
-    for part in tl.static_range(PARTS):
-        x += tl.load(y + part * T.to(tl.int64) * width + offsets, mask=mask, other=0.0).to(tl.float32)
-    if BIAS:
+    x = _sum_parts(y, offsets, mask, num_parts, tl.num_programs(0).to(tl.int64) * width)
+    if has_bias != 0:
         x += tl.load(bias + head * head_dim + columns, mask=mask, other=0.0).to(tl.float32)
-    if NORM:
-        if head < num_query_heads + num_key_heads:
-            weight = query_weight if head < num_query_heads else key_weight
-            factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
-            x = _normed(x, factor, mask, head_dim, epsilon)
+    if (has_norm != 0) & (head < num_query_heads + num_key_heads):
+        weight = query_weight if head < num_query_heads else key_weight
+        factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
+        x = _normed(x, factor, head_dim, epsilon)
     tl.store(out + offsets, x.to(out.dtype.element_ty), mask=mask)
+
+
+def _add_norm_spec(y: str, weight: str, block: int) -> KernelSpec:
+    return KernelSpec(
+        add_norm,
+        f"add_norm_{y}_{weight}_{block}",
+        {
+            "y": f"*{y}:16",
+            "residual": "*bf16:16",
+            "post_weight": f"*{weight}:16",
+            "weight": f"*{weight}:16",
+            "residual_out": "*bf16:16",
+            "normed": "*bf16:16",
+            "num_parts": "i32",
+            "has_post": "i32",
+            "T": "i32",
+            "H": "i32:16",
+            "epsilon": "fp32",
+        },
+        {"BLOCK": block},
+        num_warps=min(max(block // 512, 2), 16),
+    )
+
+
+def _finish_heads_spec(y: str, weight: str, block: int) -> KernelSpec:
+    return KernelSpec(
+        finish_heads,
+        f"finish_heads_{y}_{weight}_{block}",
+        {
+            "y": f"*{y}:16",
+            "bias": "*bf16:16",
+            "query_weight": f"*{weight}:16",
+            "key_weight": f"*{weight}:16",
+            "out": "*bf16:16",
+            "num_parts": "i32",
+            "has_bias": "i32",
+            "has_norm": "i32",
+            "num_query_heads": "i32",
+            "num_key_heads": "i32",
+            "head_dim": "i32:16",
+            "epsilon": "fp32",
+        },
+        {"BLOCK": block},
+        num_warps=1,
+    )
+
+
+_TYPES = [(y, weight) for y in ("bf16", "fp32") for weight in ("bf16", "fp32")]
+SPECS = [
+    *(_add_norm_spec(*types, block) for types in _TYPES for block in (1024, 2048, 4096, 8192, 16384)),
+    *(_finish_heads_spec(*types, block) for types in _TYPES for block in (32, 64, 128, 256)),
+]

@@ -1,0 +1,215 @@
+"""Which compiled matrix product computes which projection of a segment: all that could, and a first guess."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+from engine_runtime.model_config import ModelConfig
+from engine_runtime.models.segment import SegmentKind
+
+Projection = Literal["attention_output", "gate_up", "mlp_output", "qkv", "logits"]
+
+_NAME = re.compile(
+    r"(?P<function>gemv|skinny|tiled)_(?P<role>\w+?)_(?P<blocks>\d+x\d+x\d+x\d+x\d+)(?P<persistent>_persistent)?"
+)
+_MAX_SPLIT_TOKENS = 1024  # beyond, there are tiles enough, and partial sums would be large
+_LEAST_TILED_TOKENS = 64
+_K_STEP = 64
+_PARTS = {"parts2": 2, "parts4": 4}
+
+
+@dataclass(frozen=True, slots=True)
+class GemmForm:
+    """One compiled form of a matrix product, see ``kernels/triton/segment_gemm.py``.
+
+    Attributes:
+        name: of the kernel.
+        bm, bn, bk: tokens, rows of W and columns of both that a program handles at a time.
+        num_parts: arrays of partial sums that it writes.
+    """
+
+    name: str
+    function: str
+    role: str
+    bm: int
+    bn: int
+    bk: int
+    is_persistent: bool
+
+    @property
+    def num_parts(self) -> int:
+        return _PARTS.get(self.role, 1)
+
+    @property
+    def writes_float32(self) -> bool:
+        return self.role in _PARTS or self.role.endswith("logits")
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """y [T, N] = x [T, K] W^T; gate_up has 2 N rows in W."""
+
+    n: int
+    k: int
+
+
+def parse_forms(names: Iterable[str]) -> tuple[GemmForm, ...]:
+    """The matrix products among the names of compiled kernels."""
+    found = []
+    for name in names:
+        match = _NAME.fullmatch(name)
+        if match is not None:
+            bm, bn, bk = map(int, match["blocks"].split("x")[:3])
+            is_persistent = match["persistent"] is not None
+            found.append(GemmForm(name, match["function"], match["role"], bm, bn, bk, is_persistent))
+    return tuple(found)
+
+
+def projections(config: ModelConfig, kind: SegmentKind) -> dict[Projection, Shape]:
+    """The matrix products of a segment, in order."""
+    hidden, gated = config.hidden_size, config.intermediate_size
+    found: dict[Projection, Shape] = {}
+    if kind != "first":
+        found["attention_output"] = Shape(hidden, config.q_size)
+        found["gate_up"] = Shape(gated, hidden)
+        found["mlp_output"] = Shape(hidden, gated)
+    if kind == "last":
+        found["logits"] = Shape(config.vocab_size, hidden)
+    else:
+        found["qkv"] = Shape(config.qkv_size, hidden)
+    return found
+
+
+def is_computable(config: ModelConfig) -> bool:
+    """Whether the kernels know the architecture's layers and like its dimensions."""
+    shapes = [*projections(config, "middle").values(), *projections(config, "last").values()]
+    return (
+        not (config.has_o_bias or config.has_mlp_bias or config.final_logit_softcap)
+        and config.hidden_size <= 16384
+        and config.head_dim % 16 == 0
+        and config.head_dim <= 256
+        and all(shape.k % _K_STEP == 0 and shape.n % 16 == 0 for shape in shapes)
+    )
+
+
+def is_fused(config: ModelConfig, kind: SegmentKind, num_tokens: int) -> bool:
+    """Whether norms and residuals are part of the matrix products: for one token, no norm after a block."""
+    return num_tokens == 1 and kind != "first" and config.architecture != "gemma3"
+
+
+def candidates(
+    forms: Iterable[GemmForm], config: ModelConfig, kind: SegmentKind, projection: Projection, num_tokens: int
+) -> list[GemmForm]:
+    """The forms that can compute a projection for this many tokens."""
+    shape = projections(config, kind)[projection]
+    fused = is_fused(config, kind, num_tokens)
+    roles = _fused_roles(config, projection) if fused else _roles(config, projection)
+    return [
+        form
+        for form in forms
+        if form.role in roles
+        and (form.function == "gemv") == fused
+        and shape.k % (form.bk * form.num_parts) == 0
+        and _suits(form, num_tokens)
+    ]
+
+
+def first_guess(found: list[GemmForm], projection: Projection, num_tokens: int) -> GemmForm | None:
+    """A good form without timing any; None if there are none."""
+    for ending in _preferences(projection, num_tokens):
+        for form in found:
+            if form.name.endswith(ending):
+                return form
+    return found[0] if found else None
+
+
+def _roles(config: ModelConfig, projection: Projection) -> tuple[str, ...]:
+    if projection == "gate_up":
+        return ("gelu" if config.architecture == "gemma3" else "silu",)
+    return ("logits",) if projection == "logits" else ("plain", "parts2", "parts4")
+
+
+def _fused_roles(config: ModelConfig, projection: Projection) -> tuple[str, ...]:
+    fused: Mapping[Projection, str] = {
+        "attention_output": "add",
+        "gate_up": "norm_silu",
+        "mlp_output": "add",
+        "qkv": "norm_add" if config.has_qkv_bias else "norm",
+        "logits": "norm_logits",
+    }
+    return (fused[projection],)
+
+
+def _suits(form: GemmForm, num_tokens: int) -> bool:
+    if form.function == "gemv":
+        return num_tokens == 1
+    if form.function == "skinny":
+        return form.bm >= num_tokens and (form.bm == 16 or form.bm < 2 * num_tokens)
+    if form.role in _PARTS and num_tokens > _MAX_SPLIT_TOKENS:
+        return False
+    if num_tokens > 256 and form.bm < 128:
+        return False
+    return num_tokens >= _LEAST_TILED_TOKENS and (form.bm == 64 or form.bm < 2 * num_tokens)
+
+
+# Measured on an H200 for Llama 3.1 8B: projection -> (up to this many tokens, forms in order of preference).
+_ANY = 1 << 30
+_Ranges = tuple[tuple[int, tuple[str, ...]], ...]
+_GEMV = (1, ("8x512x3x4", "8x256x4x2", "16x128x4x4"))
+_WRITES_HIDDEN: _Ranges = (
+    _GEMV,
+    (16, ("parts2_16x64x128x5x4", "parts2_16x32x64x8x4", "plain_16x32x64x8x4")),
+    (32, ("parts2_32x64x128x5x4", "parts2_32x32x64x8x4", "plain_32x32x64x8x4")),
+    (64, ("parts2_64x64x128x5x4", "parts2_64x64x64x8x4", "plain_64x64x64x8x4")),
+)
+_PREFERENCES: Mapping[Projection, _Ranges] = {
+    "attention_output": (
+        *_WRITES_HIDDEN,
+        (128, ("parts2_64x64x64x6x4", "plain_64x64x64x6x4")),
+        (256, ("parts2_128x128x64x4x8", "plain_64x64x64x6x4")),
+        (512, ("plain_128x128x64x4x4",)),
+        (_ANY, ("plain_128x256x64x3x8_persistent",)),
+    ),
+    "mlp_output": (
+        *_WRITES_HIDDEN,
+        (128, ("parts4_128x128x128x3x8", "parts2_64x64x64x6x4", "plain_64x64x64x6x4")),
+        (256, ("parts4_128x256x64x4x8", "parts2_128x128x64x4x8", "plain_64x64x64x6x4")),
+        (512, ("parts2_128x256x64x4x8", "plain_128x128x64x4x4")),
+        (_ANY, ("plain_128x128x64x4x4",)),
+    ),
+    "qkv": (
+        _GEMV,
+        (16, ("plain_16x64x128x5x4", "plain_16x32x64x8x4")),
+        (32, ("plain_32x64x128x5x4", "plain_32x32x64x8x4")),
+        (64, ("plain_64x64x128x5x4", "plain_64x64x64x8x4")),
+        (128, ("plain_64x64x64x6x4",)),
+        (256, ("plain_128x128x64x4x4",)),
+        (512, ("plain_128x256x64x4x8",)),
+        (_ANY, ("plain_128x128x64x4x4",)),
+    ),
+    "gate_up": (
+        _GEMV,
+        (16, ("_16x32x256x3x4", "_16x32x128x5x4", "_16x64x64x5x8")),
+        (32, ("_32x64x128x4x8", "_32x64x64x6x4")),
+        (64, ("skinny_silu_64x64x64x6x4", "skinny_gelu_64x64x64x6x4")),
+        (128, ("_128x128x64x4x8_persistent", "_128x128x64x3x8")),
+        (256, ("_128x128x64x4x8", "_128x128x64x3x8")),
+        (512, ("_128x128x64x4x8_persistent", "_128x128x64x3x8")),
+        (_ANY, ("_128x128x64x3x8",)),
+    ),
+    "logits": (
+        _GEMV,
+        (16, ("_16x64x128x4x8", "_16x32x64x8x4")),
+        (32, ("_32x64x128x4x8", "_32x64x64x6x4")),
+        (64, ("skinny_logits_64x128x128x4x8", "skinny_logits_64x128x64x6x4")),
+        (128, ("_128x256x64x4x8_persistent",)),
+        (_ANY, ("_256x128x64x4x8",)),
+    ),
+}
+
+
+def _preferences(projection: Projection, num_tokens: int) -> tuple[str, ...]:
+    return next(names for limit, names in _PREFERENCES[projection] if num_tokens <= limit)
