@@ -4,7 +4,8 @@ from itertools import pairwise
 
 import pytest
 
-from engine_runtime.executors.input_batch import InputBatch, Share
+from engine_runtime.executors.input_batch import InputBatch
+from engine_runtime.executors.sequence_table import Share
 from scheduler.messages import NewSequence, SamplingParams, ScheduledSequence, SchedulerOutput
 
 
