@@ -203,7 +203,7 @@ def config_from(arguments: argparse.Namespace, environment: Mapping[str, str] = 
     """Settings from parsed flags, then ``INFLIGHTD_*`` variables, then defaults.
 
     Raises:
-        ConfigError: naming the flag or variable whose value is wrong.
+        ConfigError: naming the flag or variable whose value is wrong, or the two that do not fit together.
     """
     values: dict[str, Any] = {}
     for setting in _settings():
@@ -218,4 +218,10 @@ def config_from(arguments: argparse.Namespace, environment: Mapping[str, str] = 
             values[setting.name] = setting.metadata["parse"](text)
         except ValueError as error:
             raise ConfigError(f"{source}: {error}") from None
-    return ServerConfig(**values)
+    config = ServerConfig(**values)
+    if config.max_num_batched_tokens < config.max_num_seqs:
+        raise ConfigError(
+            f"--max-num-batched-tokens ({config.max_num_batched_tokens}) must be at least --max-num-seqs "
+            f"({config.max_num_seqs}): each running sequence gets a token in every step"
+        )
+    return config

@@ -28,7 +28,9 @@ from server.config import ServerConfig
 
 _log = logging.getLogger(__name__)
 
-_INVARIANTS_EVERY_S = 10.0
+# The check takes 26 ms for 100,000 blocks: when nothing has happened for a while, and not too often.
+_CHECK_AFTER_IDLE_MS = 1000
+_CHECK_EVERY_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,9 +157,9 @@ class EngineEnd:
         next_check = 0.0
         while True:
             if not core.has_work:
-                if time.monotonic() >= next_check:
+                if time.monotonic() >= next_check and not self._socket.poll(_CHECK_AFTER_IDLE_MS):
                     core.check_invariants()
-                    next_check = time.monotonic() + _INVARIANTS_EVERY_S
+                    next_check = time.monotonic() + _CHECK_EVERY_S
                 self._socket.poll()
             while self._socket.poll(0):
                 kind, body = self.receive()

@@ -72,6 +72,14 @@ def test_a_wrong_value_is_named(flag: str, text: str, says: str) -> None:
         configure(environment={variable: text})
 
 
+def test_a_step_has_a_token_for_every_sequence() -> None:
+    assert configure("--max-num-seqs", "512").max_num_seqs == 512
+    with pytest.raises(
+        ConfigError, match=r"--max-num-batched-tokens \(512\) must be at least --max-num-seqs"
+    ):
+        configure("--max-num-seqs", "513")
+
+
 @pytest.mark.parametrize(
     ("text", "value"),
     [("5", 5), ("1k", 1000), ("1KiB", 1024), ("1.5 MiB", 3 * 2**19), ("2gb", 2 * 10**9), ("3Gi", 3 * 2**30)],

@@ -20,6 +20,7 @@ from scheduler.messages import (
     SamplingParams,
     TokenLogprobs,
 )
+from server import transport
 from server.config import ServerConfig
 from server.transport import (
     ApiEnd,
@@ -136,3 +137,35 @@ async def test_an_engine_core_behind_the_line() -> None:
             api.close()
     assert not thread.is_alive()
     core.check_invariants()
+
+
+class _Checked(EngineCore):
+    """Counts how often its invariants are checked."""
+
+    num_checks = 0
+
+    def check_invariants(self) -> None:
+        self.num_checks += 1
+        super().check_invariants()
+
+
+async def test_an_engine_checks_itself_when_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transport, "_CHECK_AFTER_IDLE_MS", 200)
+    core = _Checked(HashingExecutor(num_blocks=64, block_size=4))
+    with private_address() as address:
+        api = ApiEnd(address)
+        engine = EngineEnd(address)
+        thread = threading.Thread(target=lambda: (engine.run(core), engine.close()))
+        thread.start()
+        try:
+            for index in range(3):  # never idle for long
+                api.send(Kind.REQUEST, Request(f"r{index}", (1,), SamplingParams(max_tokens=5)))
+                await asyncio.sleep(0.1)
+            assert core.num_checks == 0
+            await asyncio.sleep(0.5)
+            assert core.num_checks == 1
+        finally:
+            api.send(Kind.QUIT)
+            await asyncio.to_thread(thread.join, 10)
+            api.close()
+    assert not thread.is_alive()
