@@ -68,7 +68,8 @@ class GpuSampler:
         divisible = "" if vocab_size % 16 == 0 else "_any"
         self._scans = [kernels.get(f"sample_scan_{_KIND[path]}{divisible}") for path in SamplingPath]
         self._draws = [kernels.get(f"sample_draw_{_KIND[path]}") for path in SamplingPath]
-        self._wide = [None, *(kernels.get(f"sample_wide_{_KIND[path]}") for path in list(SamplingPath)[1:])]
+        drawing = (SamplingPath.DRAWN, SamplingPath.FULL)
+        self._wide = {path: kernels.get(f"sample_wide_{_KIND[path]}{divisible}") for path in drawing}
         self._report = kernels.get("sample_report")
         self._memory = DeviceBuffer(self.device_bytes(self.max_rows, max_slots))
         self._memory.fill(0)
@@ -81,7 +82,7 @@ class GpuSampler:
 
     @staticmethod
     def device_bytes(max_rows: int, max_slots: int) -> int:
-        """Device memory taken at once: 57 KiB a row."""
+        """Device memory taken at once: 89 KiB a row."""
         max_rows = -(-max_rows // 16) * 16
         return _lay_out(0, max_rows, max_slots)["end"]
 
@@ -174,12 +175,12 @@ class GpuSampler:
             at["few_weights"], at["few_ids"], at["tokens"], at["is_valid"], at["is_wide"],
             at["sampled_tokens"], vocab_size,
         )  # fmt: skip
-        wide = self._wide[path]
-        if wide is not None:
-            wide.launch(
+        if path in self._wide:
+            self._wide[path].launch(
                 (num_rows, 1, 1), stream,
-                logits_address, words, numbers, addresses, at["maxima"], at["sums"], at["few_weights"],
-                at["tokens"], at["is_valid"], at["is_wide"], at["sampled_tokens"], vocab_size,
+                logits_address, words, numbers, addresses, at["maxima"], at["sums"],
+                at["wide_weights"], at["tokens"], at["is_valid"], at["is_wide"], at["sampled_tokens"],
+                vocab_size,
             )  # fmt: skip
         if path is SamplingPath.FULL:
             self._report.launch(
@@ -288,6 +289,7 @@ def _lay_out(start: int, max_rows: int, max_slots: int) -> dict[str, int]:
         "raw_sums": layout.MAX_SUBTILES,
         "subtiles": layout.MAX_SUBTILES,
         "few_weights": layout.FEW,
+        "wide_weights": layout.WIDE_FEW,
         "few_ids": layout.FEW,
     }
     addresses = {}

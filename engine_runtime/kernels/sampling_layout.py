@@ -32,7 +32,8 @@ TILE_SUBTILES = 32
 """Subtiles of one program of ``scan``."""
 
 FEW = 2048
-"""Candidates of a row that can be gathered."""
+WIDE_FEW = 8192
+"""Candidates of a row that ``draw``, ``draw_wide`` can gather."""
 
 MAX_TOP = 20
 """Most likely tokens of a row that can be reported."""

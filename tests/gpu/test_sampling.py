@@ -17,7 +17,11 @@ from engine_runtime.kernels.gpu_embedding import GpuEmbedding  # noqa: E402
 from engine_runtime.kernels.kernel_library import KernelLibrary  # noqa: E402
 from engine_runtime.kernels.sampling_reference import kept_weights, sample_row, token_logprobs  # noqa: E402
 from scheduler.messages import SampledToken, SamplingParams  # noqa: E402
-from tests.engine_runtime.kernels.sampling_cases import random_logits, random_params  # noqa: E402
+from tests.engine_runtime.kernels.sampling_cases import (  # noqa: E402
+    assert_same_logprobs,
+    random_logits,
+    random_params,
+)
 from tests.gpu.device_sampler import DeviceSampler  # noqa: E402
 
 
@@ -26,16 +30,6 @@ def library() -> Iterator[KernelLibrary]:
     library = KernelLibrary(CudaDevice())
     yield library
     library.close()
-
-
-def assert_same_logprobs(ours: SampledToken, theirs: SampledToken) -> None:
-    assert ours.logprobs is not None
-    assert theirs.logprobs is not None
-    assert ours.logprobs.rank == theirs.logprobs.rank
-    assert ours.logprobs.logprob == pytest.approx(theirs.logprobs.logprob, abs=2e-5, rel=1e-6)
-    assert [token for token, _ in ours.logprobs.top] == [token for token, _ in theirs.logprobs.top]
-    ours_top = [value for _, value in ours.logprobs.top]
-    np.testing.assert_allclose(ours_top, [value for _, value in theirs.logprobs.top], atol=2e-5, rtol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -65,7 +59,7 @@ def test_draws_what_the_reference_draws(library: KernelLibrary, vocab_size: int,
         agreed += sum(ours.token_id == theirs for ours, theirs in zip(sampled, expected, strict=True))
         assert sampler.sampled_tokens().tolist() == [s.token_id for s in sampled]
     print(f"vocabulary {vocab_size}: {agreed} of {num_rows // batch * batch} tokens agree")
-    assert agreed >= 0.997 * (num_rows // batch * batch)
+    assert agreed >= num_rows // batch * batch - max(1, num_rows // 300)
     sampler.close()
 
 
@@ -267,7 +261,7 @@ def test_embedding(library: KernelLibrary, hidden_size: int, num_tokens: int) ->
     embedding.enqueue(stream, num_tokens, ids_address, sampled_address, hidden_address)
     stream.synchronize()
     buffers[3].read(hidden)
-    resolved = np.where(token_ids < 0, sampled[np.minimum(-token_ids - 1, 63)], token_ids)
+    resolved = np.where(token_ids < 0, sampled[np.maximum(-token_ids - 1, 0)], token_ids)
     expected = (table[resolved].astype(np.float32) * 1.25).astype(np.float16)
     assert hidden.tobytes() == expected.tobytes()
     for buffer in buffers:

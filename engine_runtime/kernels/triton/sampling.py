@@ -8,7 +8,7 @@ subtiles that matter:
     most likely token    the first subtile with the row's maximum is read again
     plain temperature    the cumulative sum over subtiles names one, which is read again
     top_k, top_p, min_p  k subtiles with a maximum >= t prove that the k-th largest weight is >= t, likewise
-                         for sums. So only subtiles with a maximum >= t are read again; what they hold >= t is
+                         for sums. Only subtiles with a maximum >= t are read again; what they hold >= t is
                          gathered in the order of token ids, and a bisection over the bits finds the exact
                          threshold, as on the CPU.
 
@@ -28,7 +28,9 @@ from engine_runtime.kernels.triton.sampling_row import (
     FEW,
     FILTERS,
     FLAGS,
+    GRAMMAR,
     HAS_CHANGES,
+    HAS_GRAMMAR,
     HAS_LOGPROBS,
     INFINITY,
     LOG2_E,
@@ -48,7 +50,7 @@ from engine_runtime.kernels.triton.sampling_row import (
     TOP_K,
     TOP_P,
     UNIFORM,
-    adjust,
+    VOCAB_SIZES,
     bits_of,
     commit,
     crossing,
@@ -56,7 +58,9 @@ from engine_runtime.kernels.triton.sampling_row import (
     find_threshold,
     first_place,
     float_at,
+    forbid,
     is_finite,
+    penalize,
     spec,
     ties_of_sum,
     undo_changes,
@@ -79,6 +83,19 @@ def _add_changes(x, ids, first_id, flags, words, addresses):
         stop = tl.sum((listed < first_id + TILE_SUBTILES * SUBTILE).to(tl.int32), 0)
         for i in range(first, stop):
             x = tl.where(ids == tl.load(ids_pointer + i), x + tl.load(values_pointer + i), x)
+    return x
+
+
+@triton.jit
+def _apply_grammar(x, tile, flags, addresses, vocab_size):
+    """``adjust``'s part of it, with each word of the bitmask read once."""
+    if (flags & HAS_GRAMMAR) != 0:
+        grammar = tl.load(addresses + GRAMMAR).to(tl.pointer_type(tl.int32))
+        words_per_tile: tl.constexpr = TILE_SUBTILES * SUBTILE // 32
+        word = tile * words_per_tile + tl.arange(0, words_per_tile)
+        bits = tl.load(grammar + word, mask=word < tl.cdiv(vocab_size, 32), other=0)
+        bits = bits[:, None] >> tl.arange(0, 32)[None, :]
+        x = forbid(x, tl.reshape(bits, [TILE_SUBTILES, SUBTILE]))
     return x
 
 
@@ -130,7 +147,8 @@ def scan(
         if (flags & HAS_LOGPROBS) != 0:
             _store_subtiles(x, LOG2_E, True, raw_maxima, raw_sums, offsets)
         x = _add_changes(x, ids, tile * TILE_SUBTILES * SUBTILE, flags, words, addresses)
-        x = adjust(x, ids, mask, flags, words, addresses)
+        x = _apply_grammar(x, tile, flags, addresses, vocab_size)
+        x = penalize(x, ids, mask, flags, words, addresses)
     _store_subtiles(x, factor, (flags & DRAWS) != 0, maxima, sums, offsets)
 
 
@@ -166,13 +184,16 @@ def _draw_narrow(
     by_sum = (top_k == 0) & (top_p < 1.0) & (min_weight <= SMALLEST)
     needed = tl.where(by_count, top_k.to(tl.float64), tl.where(by_sum, top_p * total * 1.00001, INFINITY))
     needed32 = needed.to(tl.float32)
-    values = tl.where(by_count, 1.0, peaks)
+    masses32 = masses.to(tl.float32)
     peak_bits = bits_of(peaks)
     lowest = bits_of(min_weight)
     low = lowest
     high = low * 0 + (ONE_BITS + 1)
     for _ in range(14):
         middle = (low + high) // 2
+        # A subtile with a maximum >= t holds less than 127 t in weights < t.
+        below = (SUBTILE - 1) * middle.to(tl.float32, bitcast=True)
+        values = tl.where(by_count, 1.0, tl.maximum(peaks, masses32 - below))
         is_enough = tl.sum(tl.where(peak_bits >= middle, values, 0.0), 0) >= needed32
         low = tl.where(is_enough, middle, low)
         high = tl.where(is_enough, high, middle)
@@ -315,9 +336,9 @@ def draw(
 
 SPECS = [
     *(
-        spec(scan, f"sample_scan_{path}{suffix}", 4, constexprs, vocab_size)
+        spec(scan, f"sample_scan_{path}{suffix}", 8 if path == "full" else 4, constexprs, vocab_size)
         for path, constexprs in PATHS.items()
-        for suffix, vocab_size in (("", "i32:16"), ("_any", "i32"))
+        for suffix, vocab_size in VOCAB_SIZES.items()
     ),
     *(spec(draw, f"sample_draw_{path}", 8, constexprs) for path, constexprs in PATHS.items()),
 ]

@@ -47,7 +47,7 @@ HAS_LOGPROBS = tl.constexpr(layout.HAS_LOGPROBS)
 
 MAX_QUALIFIED = tl.constexpr(1024)
 """Subtiles that ``draw`` is willing to read again."""
-WIDE_BLOCK = tl.constexpr(8192)
+WIDE_FEW = tl.constexpr(layout.WIDE_FEW)
 
 INFINITY = tl.constexpr(float("inf"))
 ONE_BITS = tl.constexpr(0x3F800000)
@@ -73,17 +73,31 @@ def weigh(x, largest, factor):
 
 
 @triton.jit
+def forbid(x, bits):
+    """-inf where the lowest of ``bits`` is 0. What is not finite stays so."""
+    return tl.where(((bits & 1) == 0) & (x < INFINITY), -INFINITY, x)
+
+
+@triton.jit
 def adjust(x, ids, mask, flags, words, addresses):
-    """Logits after the grammar and the penalties. What is not finite stays so."""
+    """Logits after the grammar and the penalties."""
     if (flags & HAS_GRAMMAR) != 0:
         grammar = tl.load(addresses + GRAMMAR).to(tl.pointer_type(tl.int32))
-        allowed = (tl.load(grammar + ids // 32, mask=mask, other=0) >> (ids % 32)) & 1
-        x = tl.where((allowed == 0) & (x < INFINITY), -INFINITY, x)
+        x = forbid(x, tl.load(grammar + ids // 32, mask=mask, other=0) >> (ids % 32))
+    return penalize(x, ids, mask, flags, words, addresses)
+
+
+@triton.jit
+def penalize(x, ids, mask, flags, words, addresses):
+    """Logits after the penalties."""
     if (flags & HAS_PENALTIES) != 0:
         counts = tl.load(addresses + COUNTS).to(tl.pointer_type(tl.int16))
         repetition = float_at(words + REPETITION)
+        inverse = tl.div_rn(1.0, repetition)
         count = tl.load(counts + ids, mask=mask, other=0).to(tl.int32)
-        scaled = tl.where(x > 0.0, tl.div_rn(x, repetition), x * repetition)
+        quotient = x * inverse  # then made that of an IEEE division
+        quotient = tl.fma(tl.fma(-quotient, repetition, x), inverse, quotient)
+        scaled = tl.where(x > 0.0, quotient, x * repetition)
         x = tl.where(count != 0, scaled, x)
         used = count & COUNT_BITS
         penalty = tl.fma(float_at(words + FREQUENCY), used.to(tl.float32), float_at(words + PRESENCE))
@@ -255,3 +269,6 @@ PATHS = {
     "full": {"DRAWN": True, "ADJUSTS": True},
 }
 """The forms that ``SamplingPath`` chooses among."""
+
+VOCAB_SIZES = {"": "i32:16", "_any": "i32"}
+"""Rows of a multiple of 16 logits are read 16 bytes at a time."""

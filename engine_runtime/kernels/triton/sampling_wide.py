@@ -9,7 +9,6 @@ import triton.language as tl
 
 from engine_runtime.kernels.triton.sampling_row import (
     FACTOR,
-    FEW,
     FLAGS,
     INFINITY,
     MAX_SUBTILES,
@@ -24,7 +23,8 @@ from engine_runtime.kernels.triton.sampling_row import (
     TOP_K,
     TOP_P,
     UNIFORM,
-    WIDE_BLOCK,
+    VOCAB_SIZES,
+    WIDE_FEW,
     bits_of,
     commit,
     draw_from,
@@ -38,11 +38,15 @@ from engine_runtime.kernels.triton.sampling_row import (
     write_changes,
 )
 
+BLOCK = tl.constexpr(8192)
+COLUMNS = tl.constexpr(2048)
+"""A multiple of what the threads of a program load at a time, so that each sums its own columns."""
+
 
 @triton.jit
 def _tail(bits, values, pivot):
-    """Of each row of [n, 4]: the sum of the values whose bits are >= pivot."""
-    return tl.sum(tl.where(bits >= pivot, values, 0.0), 1)
+    """Of each column: the sum of the values whose bits are >= pivot."""
+    return tl.sum(tl.where(bits >= pivot, values, 0.0), 0)
 
 
 @triton.jit
@@ -52,10 +56,10 @@ def _narrow(
 ):  # fmt: skip
     """The ninth of [low, high) that ``find_threshold`` would find its answer in, by one pass over the row."""
     step = tl.maximum((high - low) // 9, 1)
-    zeros = tl.zeros([WIDE_BLOCK // 4], tl.float32)
+    zeros = tl.zeros([COLUMNS], tl.float32)
     a, b, c, d, e, f, g, h = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
-    for start in range(0, vocab_size, WIDE_BLOCK):
-        ids = start + tl.arange(0, WIDE_BLOCK // 4)[:, None] * 4 + tl.arange(0, 4)[None, :]
+    for start in range(0, vocab_size, 4 * COLUMNS):
+        ids = start + tl.arange(0, 4)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
         x = values_of(logits, ids, ids < vocab_size, flags, words, addresses, ADJUSTS)
         weights = weigh(x, largest, factor)
         bits = bits_of(weights)
@@ -81,20 +85,20 @@ def _gather_between(
     logits, largest, factor, low, high, few_weights, flags, words, addresses, vocab_size,
     ADJUSTS: tl.constexpr,
 ):  # fmt: skip
-    """Copies the first FEW weights in [low, high). Returns their number; number and sum of those >= high."""
-    entry = tl.arange(0, WIDE_BLOCK)
+    """Copies weights in [low, high), WIDE_FEW at most. Returns their number, and number and sum above."""
+    entry = tl.arange(0, BLOCK)
     count = low * 0
-    numbers = tl.zeros([WIDE_BLOCK], tl.int32)
-    sums = tl.zeros([WIDE_BLOCK], tl.float32)
+    numbers = tl.zeros([BLOCK], tl.int32)
+    sums = tl.zeros([BLOCK], tl.float32)
     tl.debug_barrier()
-    for start in range(0, vocab_size, WIDE_BLOCK):
+    for start in range(0, vocab_size, BLOCK):
         ids = start + entry
         x = values_of(logits, ids, ids < vocab_size, flags, words, addresses, ADJUSTS)
         weights = weigh(x, largest, factor)
         bits = bits_of(weights)
         is_candidate = (bits >= low) & (bits < high)
         place = count + tl.cumsum(is_candidate.to(tl.int32), 0) - 1
-        tl.store(few_weights + place, weights, mask=is_candidate & (place < FEW))
+        tl.store(few_weights + place, weights, mask=is_candidate & (place < WIDE_FEW))
         count += tl.sum(is_candidate.to(tl.int32), 0)
         numbers += (bits >= high).to(tl.int32)
         sums += tl.where(bits >= high, weights, 0.0)
@@ -126,7 +130,7 @@ def draw_wide(
         addresses += row * NUM_ADDRESSES
         maxima += row * MAX_SUBTILES
         sums += row * MAX_SUBTILES
-        few_weights += row * FEW
+        few_weights += row * WIDE_FEW
         logits += row.to(tl.int64) * vocab_size
         flags = tl.load(words + FLAGS)
         if ADJUSTS:
@@ -150,7 +154,7 @@ def draw_wide(
                 logits, largest, factor, threshold, threshold, few_weights,
                 flags, words, addresses, vocab_size, ADJUSTS,
             )  # fmt: skip
-        entry = tl.arange(0, FEW)
+        entry = tl.arange(0, WIDE_FEW)
         for rule in range(2):
             by_count = rule == 0
             needed = tl.where(by_count, top_k.to(tl.float64), tl.maximum(top_p * total, SMALLEST))
@@ -160,10 +164,10 @@ def draw_wide(
                 least = bits_of((0.999 * (1.0 - top_p) * total / vocab_size).to(tl.float32))
                 low = tl.maximum(threshold, tl.where(by_count, 0, least))
                 high = row * 0 + (ONE_BITS + 1)
-                count = row * 0 + (FEW + 1)
+                count = row * 0 + (WIDE_FEW + 1)
                 number_above = row * 0
                 sum_above = total * 0.0
-                while (count > FEW) & (high - low > 1):
+                while (count > WIDE_FEW) & (high - low > 1):
                     for _ in range(2):
                         if high - low > 1:
                             low, high = _narrow(
@@ -186,7 +190,7 @@ def draw_wide(
                 threshold = found
 
         tl.debug_barrier()
-        block: tl.constexpr = WIDE_BLOCK // SUBTILE
+        block: tl.constexpr = BLOCK // SUBTILE
         for start in range(0, tl.cdiv(vocab_size, SUBTILE), block):
             subtile = start + tl.arange(0, block)
             ids = subtile[:, None] * SUBTILE + tl.arange(0, SUBTILE)[None, :]
@@ -213,6 +217,7 @@ def draw_wide(
 
 
 SPECS = [
-    spec(draw_wide, f"sample_wide_{path}", 16, {"ADJUSTS": PATHS[path]["ADJUSTS"]})
+    spec(draw_wide, f"sample_wide_{path}{suffix}", 16, {"ADJUSTS": PATHS[path]["ADJUSTS"]}, vocab_size)
     for path in ("drawn", "full")
+    for suffix, vocab_size in VOCAB_SIZES.items()
 ]

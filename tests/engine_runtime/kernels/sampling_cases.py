@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import numpy.typing as npt
+import pytest
 
-from scheduler.messages import SamplingParams
+from scheduler.messages import SampledToken, SamplingParams
 
 
 def random_logits(rng: np.random.Generator, vocab_size: int) -> npt.NDArray[np.float32]:
@@ -47,3 +50,28 @@ def random_params(rng: np.random.Generator, vocab_size: int, *, changes: bool = 
             "logprobs": rng.choice([None, 0, 1, 5, 20]),
         }
     return SamplingParams(**params)  # type: ignore[arg-type]
+
+
+def cpu_sample(
+    logits: npt.NDArray[np.float32], params: SamplingParams, token_ids: Sequence[int], num_prompt_tokens: int
+) -> SampledToken:
+    """What the CPU's sampler makes of a row."""
+    from engine_runtime.sampling import Sampler, SamplingRow  # needs numba, which a GPU machine may lack
+
+    row = SamplingRow("r", params, np.array(token_ids, np.int32), num_prompt_tokens)
+    return Sampler(len(logits)).sample(logits[None].copy(), [row])[0]
+
+
+def assert_same_logprobs(ours: SampledToken, theirs: SampledToken) -> None:
+    """Up to rounding."""
+    assert ours.logprobs is not None
+    assert theirs.logprobs is not None
+    assert ours.logprobs.rank == theirs.logprobs.rank
+    assert ours.logprobs.logprob == pytest.approx(theirs.logprobs.logprob, abs=2e-5, rel=1e-6)
+    assert [token for token, _ in ours.logprobs.top] == [token for token, _ in theirs.logprobs.top]
+    np.testing.assert_allclose(
+        [value for _, value in ours.logprobs.top],
+        [value for _, value in theirs.logprobs.top],
+        atol=2e-5,
+        rtol=1e-6,
+    )
