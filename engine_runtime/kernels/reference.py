@@ -30,12 +30,14 @@ def attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: FloatArray | None = None,
 ) -> Float64Array:
     """Causal attention of the last tokens of one sequence.
 
     Args:
         q: [num_queries, num_heads, head_dim], the last ``num_queries`` tokens; already rotated.
         k, v: [context_len, num_kv_heads, head_dim]; query head h reads KV head h * num_kv_heads // num_heads.
+        sinks: [num_heads], a further logit of each head, whose weight goes nowhere.
 
     Returns:
         [num_queries, num_heads, head_dim]
@@ -54,8 +56,12 @@ def attention(
     if sliding_window is not None:
         visible &= key > position - sliding_window
     scores = np.where(visible, scores, -np.inf)
+    if sinks is not None:
+        sink = np.broadcast_to(sinks.astype(np.float64)[:, None, None], (num_heads, num_queries, 1))
+        scores = np.concatenate([scores, sink], axis=-1)
     weights = np.exp(scores - scores.max(axis=-1, keepdims=True))
     weights /= weights.sum(axis=-1, keepdims=True)
+    weights = weights[..., :context_len]
     result: Float64Array = (weights @ v.transpose(1, 0, 2)).transpose(1, 0, 2)
     return result
 
@@ -73,6 +79,7 @@ def paged_attention(
     scale: float,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: FloatArray | None = None,
 ) -> Float64Array:
     """One layer of one step, as ``kernels.cpu.PagedAttention``: writes k and v into the caches, then attends.
 
@@ -99,7 +106,7 @@ def paged_attention(
         value_cache[blocks[positions], :, slots[positions]] = tokens[:, -num_kv_heads:]
         output = attention(
             q, key_cache[blocks, :, slots], value_cache[blocks, :, slots],
-            scale=scale, sliding_window=sliding_window, softcap=softcap,
+            scale=scale, sliding_window=sliding_window, softcap=softcap, sinks=sinks,
         )  # fmt: skip
         result[rows] = output.reshape(len(tokens), -1)
     return result

@@ -1,0 +1,176 @@
+"""The forms in which the attention kernels are compiled."""
+
+from collections.abc import Iterator
+
+from engine_runtime.kernels.attention_layout import (
+    BLOCK_SIZE,
+    DECODE_ROWS,
+    HEAD_DIMS,
+    MAX_SEQUENCES,
+    PLAN,
+    SOFTCAP_HEAD_DIMS,
+    KernelDType,
+    KvDType,
+    kernel_name,
+)
+from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec
+from engine_runtime.kernels.triton.decode_attention import decode_attention, plan_decode
+from engine_runtime.kernels.triton.prefill_attention import prefill_attention
+from engine_runtime.kernels.triton.rope_cache import rope_cache
+
+_LARGEST = {"fp16": 65504.0, "bf16": 3.38e38, "fp8": 448.0}
+_FP8 = tuple(architecture for architecture in ARCHITECTURES if architecture >= 89)
+_SMALL_SHARED_MEMORY = {86, 89, 120}  # 99 KB a program
+
+_ATTENTION = {
+    "block_tables": "*i32",
+    "sinks": "*fp32",
+    "scale": "fp32",
+    "cap": "fp32",
+    "v_scale": "fp32",
+    "has_sinks": "i32",
+    "window": "i32",
+    "group": "i32",
+    "num_kv_heads": "i32",
+    "q_stride": "i32:16",
+    "out_stride": "i32:16",
+    "table_stride": "i32",
+}
+
+
+def _padded(head_dim: int) -> int:
+    return 1 << (head_dim - 1).bit_length()
+
+
+def _element(dtype: KernelDType, kv_dtype: KvDType) -> str:
+    return "fp8e4nv" if kv_dtype == "fp8" else dtype
+
+
+def _rope_cache(dtype: KernelDType, kv_dtype: KvDType, head_dim: int) -> KernelSpec:
+    cache = _element(dtype, kv_dtype)
+    return KernelSpec(
+        rope_cache,
+        kernel_name("rope_cache", dtype, kv_dtype, head_dim),
+        {
+            "qkv": f"*{dtype}:16",
+            "q_out": f"*{dtype}:16",
+            "cache": f"*{cache}:16",
+            "positions": "*i32",
+            "slots": "*i32",
+            "cos": "*fp32:16",
+            "sin": "*fp32:16",
+            "k_factor": "fp32",
+            "v_factor": "fp32",
+            "num_heads": "i32",
+            "num_kv_heads": "i32",
+            "qkv_stride": "i32:16",
+            "q_stride": "i32:16",
+        },
+        {
+            "HEAD_DIM": head_dim,
+            "HALF": _padded(head_dim // 2),
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "HEADS": 1024 // _padded(head_dim),
+            "LIMIT": _LARGEST["fp8" if kv_dtype == "fp8" else dtype],
+        },
+        num_warps=2,
+        architectures=_FP8 if kv_dtype == "fp8" else ARCHITECTURES,
+    )
+
+
+def _prefill(
+    dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool, architecture: int
+) -> KernelSpec:
+    padded = _padded(head_dim)
+    is_small = architecture in _SMALL_SHARED_MEMORY
+    rows = 64 if (padded == 256 and architecture < 90) or is_small else 128
+    tma = architecture >= 90
+    element = _element(dtype, kv_dtype)
+    stages = (1 if is_small else 2) if padded == 256 else 3 if not is_small else 2
+    return KernelSpec(
+        prefill_attention,
+        kernel_name("prefill_attention", dtype, kv_dtype, head_dim, has_softcap),
+        {
+            "q": f"*{dtype}:16",
+            "cache": f"tensordesc<{element}[{BLOCK_SIZE}, {padded}]>" if tma else f"*{element}:16",
+            "out": f"*{dtype}:16",
+            "tiles": "*i32",
+            **_ATTENTION,
+        },
+        {
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": padded,
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "ROWS": rows,
+            "TMA": tma,
+            "SOFTCAP": has_softcap,
+            "STAGES": stages,
+        },
+        num_warps=rows // 16,
+        num_stages=stages,
+        architectures=(architecture,),
+    )
+
+
+def _decode(
+    dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool, architecture: int
+) -> KernelSpec:
+    padded = _padded(head_dim)
+    element = _element(dtype, kv_dtype)
+    stages = 2
+    return KernelSpec(
+        decode_attention,
+        kernel_name("decode_attention", dtype, kv_dtype, head_dim, has_softcap),
+        {
+            "q": f"*{dtype}:16",
+            "cache": f"*{element}:16",
+            "out": f"*{dtype}:16",
+            "tiles": "*i32",
+            "partial": "*fp32:16",
+            "stats": "*fp32:16",
+            "arrivals": "*i32",
+            **_ATTENTION,
+        },
+        {
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": padded,
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "ROWS": DECODE_ROWS,
+            "TMA": False,
+            "SOFTCAP": has_softcap,
+            "STAGES": stages,
+        },
+        num_warps=4 if padded == 256 else 2,
+        num_stages=stages,
+        architectures=(architecture,),
+    )
+
+
+def _specs() -> Iterator[KernelSpec]:
+    yield KernelSpec(
+        plan_decode,
+        PLAN,
+        {
+            "query_start": "*i32",
+            "context_len": "*i32",
+            "tiles": "*i32",
+            "num_sequences": "i32",
+            "num_tiles": "i32",
+            "window": "i32",
+        },
+        {"MAX_SEQUENCES": MAX_SEQUENCES, "BLOCK_SIZE": BLOCK_SIZE},
+        num_warps=8,
+    )
+    dtypes: tuple[KernelDType, ...] = ("bf16", "fp16")
+    kv_dtypes: tuple[KvDType, ...] = ("same", "fp8")
+    for head_dim in HEAD_DIMS:
+        for dtype in dtypes:
+            for kv_dtype in kv_dtypes:
+                yield _rope_cache(dtype, kv_dtype, head_dim)
+                for architecture in _FP8 if kv_dtype == "fp8" else ARCHITECTURES:
+                    for has_softcap in (False, True) if head_dim in SOFTCAP_HEAD_DIMS else (False,):
+                        yield _prefill(dtype, kv_dtype, head_dim, has_softcap, architecture)
+                        yield _decode(dtype, kv_dtype, head_dim, has_softcap, architecture)
+
+
+SPECS = list(_specs())

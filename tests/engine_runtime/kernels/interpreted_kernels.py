@@ -1,0 +1,92 @@
+"""Triton kernels on a CPU, behind the same faces as the compiled ones: addresses of host memory, by position.
+
+Only for processes in which TRITON_INTERPRET=1 was set before Triton was imported.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import triton.language as tl
+import triton.runtime.interpreter as interpreter
+
+from engine_runtime.kernels.kernel_spec import KernelSpec
+
+_TYPES = {
+    "bf16": tl.bfloat16,
+    "fp16": tl.float16,
+    "fp32": tl.float32,
+    "i32": tl.int32,
+    "fp8e4nv": tl.float8e4nv,
+}
+
+_patch_tensor = interpreter._patch_lang_tensor
+
+
+def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
+    """numpy 2.4 converts arrays of rank 0 only to integers; the interpreter's scalars have rank 1."""
+    _patch_tensor(tensor, scope)
+    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
+
+
+interpreter._patch_lang_tensor = _patch_tensor_and_index
+
+
+class InterpretedKernel:
+    """Takes the place of ``Kernel``."""
+
+    def __init__(self, spec: KernelSpec) -> None:
+        self._spec = spec
+        self.constexprs = spec.constexprs
+
+    def launch(self, grid: tuple[int, int, int], stream: Any, *args: Any) -> None:
+        names = [name for name in self._spec.function.arg_names if name not in self.constexprs]
+        values = {name: self._convert(name, arg) for name, arg in zip(names, args, strict=True)}
+        with np.errstate(all="ignore"):
+            self._spec.function[grid](**values, **self.constexprs)
+
+    def _convert(self, name: str, arg: Any) -> Any:
+        kind = self._spec.signature[name].partition(":")[0]
+        if not kind.startswith("*"):
+            return arg
+        pointer = tl.pointer_type(_TYPES[kind[1:]])
+        return tl.tensor(interpreter.TensorHandle(np.array([arg], np.uint64), pointer), pointer)
+
+
+class InterpretedLibrary:
+    """The kernels of an architecture without tensor maps, which the interpreter does not take by address."""
+
+    def __init__(self, specs: Sequence[KernelSpec], architecture: int = 80) -> None:
+        self._specs = {spec.name: spec for spec in specs if architecture in spec.architectures}
+
+    def get(self, name: str) -> InterpretedKernel:
+        return InterpretedKernel(self._specs[name])
+
+
+class HostStream:
+    handle = 0
+
+    def fill(self, destination: int, byte: int, num_bytes: int) -> None:
+        ctypes.memset(destination, byte, num_bytes)
+
+
+class HostMemory:
+    """``Memory`` for kernels that are interpreted; it keeps all that was put there."""
+
+    def __init__(self) -> None:
+        self.stream = HostStream()
+        self._buffers: list[npt.NDArray[np.uint8]] = []
+
+    def put(self, array: npt.NDArray[Any]) -> int:
+        buffer = np.full(array.nbytes + 256, 0xFF, np.uint8)
+        start = -buffer.ctypes.data % 256
+        buffer[start : start + array.nbytes] = np.frombuffer(array.tobytes(), np.uint8)
+        self._buffers.append(buffer)
+        return int(buffer.ctypes.data) + start
+
+    def get(self, address: int, like: npt.NDArray[Any]) -> npt.NDArray[Any]:
+        return np.frombuffer(ctypes.string_at(address, like.nbytes), like.dtype).reshape(like.shape)

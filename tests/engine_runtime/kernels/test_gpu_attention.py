@@ -1,0 +1,148 @@
+"""The GPU's attention kernels on a CPU; tests/gpu/test_attention.py runs more and larger cases on a GPU.
+
+Triton decides when it is imported whether it interprets, so the kernels run in a process of their own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine_runtime.kernels.attention_layout import BLOCK_SIZE
+from engine_runtime.kernels.gpu_attention import AttentionShape, PagedAttention
+from tests.engine_runtime.kernels.attention_cases import (
+    AttentionCase,
+    Sequence,
+    make_attention,
+    random_case,
+)
+
+INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
+in_the_interpreter = pytest.mark.skipif(not INTERPRETS, reason="runs in a process of its own, see below")
+
+
+@pytest.mark.skipif(INTERPRETS, reason="is the process that it would start")
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+def test_kernels_in_the_interpreter() -> None:
+    environment = os.environ | {"TRITON_INTERPRET": "1"}
+    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "TestInterpreted"]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert " passed" in done.stdout
+    assert "skipped" not in done.stdout
+
+
+class Untouched:
+    """A library whose kernels are asked for their constants only."""
+
+    def get(self, name: str) -> Any:
+        class Kernel:
+            constexprs = {"ROWS": 128, "HEADS": 8, "BLOCK_D": 128, "TMA": False}  # noqa: RUF012
+
+        return Kernel()
+
+
+def attention(**changes: Any) -> PagedAttention:
+    values: dict[str, Any] = {
+        "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bf16", "kv_dtype": "same", "scale": 1.0,
+    }  # fmt: skip
+    library: Any = Untouched()
+    return PagedAttention(
+        library, AttentionShape(**(values | changes)), max_sequences=256, num_multiprocessors=132
+    )
+
+
+def test_tiles_cover_each_token_once_and_start_with_the_longest() -> None:
+    query_start = np.array([0, 1, 2, 2, 102, 135, 136], np.int32)
+    context_len = np.array([9, 7, 0, 100, 533, 1000], np.int32)
+    tiles = attention().prefill_tiles(query_start, context_len, 2)
+    covered = []
+    for sequence, row, count, position in tiles.tolist():
+        assert 1 <= count <= 32
+        for token in range(count):
+            covered.append((sequence, row + token, position + token))
+    expected = [
+        (sequence, row, int(context_len[sequence] - query_start[sequence + 1] + row))
+        for sequence in range(2, 6)
+        for row in range(query_start[sequence], query_start[sequence + 1])
+    ]
+    assert sorted(covered) == expected
+    assert (np.diff(tiles[:, 3]) <= 0).all()
+    assert len(tiles) <= attention().max_prefill_tiles(134, 4)
+    assert attention().prefill_tiles(query_start[:3], context_len[:2], 2).shape == (0, 4)
+
+
+def test_the_cache_takes_what_the_scheduler_is_told() -> None:
+    assert attention().shape.kv_block_bytes == 2 * 8 * BLOCK_SIZE * 128 * 2
+    assert attention(kv_dtype="fp8").shape.kv_block_bytes == 2 * 8 * BLOCK_SIZE * 128
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"head_dim": 72},
+        {"num_heads": 32, "num_kv_heads": 5},
+        {"num_heads": 64, "num_kv_heads": 2},
+        {"head_dim": 64, "softcap": 30.0},
+    ],
+)
+def test_shapes_without_a_kernel_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="GPU kernel"):
+        attention(**changes)
+
+
+def case_of(sequences: list[Sequence], num_decode: int, **changes: Any) -> AttentionCase:
+    values: dict[str, Any] = {
+        "num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "dtype": "fp16", "kv_dtype": "same", "scale": 0.125,
+    }  # fmt: skip
+    shape = AttentionShape(**(values | changes.pop("shape", {})))
+    return AttentionCase(shape, sequences, num_decode, **changes)
+
+
+@in_the_interpreter
+class TestInterpreted:
+    def check(self, case: AttentionCase, num_multiprocessors: int = 2, num_plans: int = 1) -> None:
+        from engine_runtime.kernels.triton.attention_specs import SPECS
+        from tests.engine_runtime.kernels.interpreted_kernels import HostMemory, InterpretedLibrary
+
+        library = InterpretedLibrary(SPECS)
+        case.check(make_attention(library, case, num_multiprocessors), HostMemory(), num_plans)
+
+    def test_decoding_alone_is_split(self) -> None:
+        self.check(case_of([Sequence(1, 700)], 1), num_plans=2)
+
+    def test_more_rows_than_are_added_up_at_once(self) -> None:
+        self.check(case_of([Sequence(2, 321), Sequence(1, 64)], 2), num_plans=2)
+
+    def test_decodes_of_all_lengths_and_padding(self) -> None:
+        lengths = [1, 63, 64, 65, 200]
+        sequences = [Sequence(1, n) for n in lengths] + [Sequence(1, 0), Sequence(0, 0)]
+        self.check(case_of(sequences, len(sequences)))
+
+    def test_chunks_after_cached_prefixes(self) -> None:
+        sequences = [Sequence(1, 90), Sequence(70, 70), Sequence(50, 178), Sequence(1, 65)]
+        self.check(case_of(sequences, 1))
+
+    @pytest.mark.parametrize("window", [1, 5, 64, 100])
+    def test_sliding_windows(self, window: int) -> None:
+        sequences = [Sequence(2, 300), Sequence(1, 3), Sequence(100, 240)]
+        self.check(case_of(sequences, 2, window=window))
+
+    def test_softcap_and_sinks(self) -> None:
+        sequences = [Sequence(1, 150), Sequence(1, 0), Sequence(40, 100)]
+        shape = {"head_dim": 128, "softcap": 2.0, "num_heads": 4}
+        self.check(case_of(sequences, 2, has_sinks=True, shape=shape, sharpness=4.0))
+
+    def test_heads_that_are_padded(self) -> None:
+        self.check(case_of([Sequence(1, 70), Sequence(20, 90)], 1, shape={"head_dim": 80}))
+
+    @pytest.mark.parametrize("seed", range(4))
+    def test_random_steps(self, seed: int) -> None:
+        fixed = {"dtype": "fp16", "kv_dtype": "same", "longest": 300, "max_decodes": 4, "max_prefills": 3}
+        self.check(random_case(seed, **fixed))

@@ -1,0 +1,184 @@
+"""Attention on a GPU against float64, over the shapes of the interpreter's tests and larger ones."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from engine_runtime.kernels.attention_layout import HEAD_DIMS, SOFTCAP_HEAD_DIMS
+from engine_runtime.kernels.gpu_attention import AttentionShape
+from tests.engine_runtime.kernels.attention_cases import (
+    AttentionCase,
+    Sequence,
+    make_attention,
+    random_case,
+)
+from tests.gpu.gpu_found import skip_without_gpu
+
+pytestmark = skip_without_gpu
+
+from engine_runtime.cuda import CudaDevice, DeviceBuffer, Stream  # noqa: E402
+from engine_runtime.kernels.kernel_library import KernelLibrary  # noqa: E402
+
+Array = npt.NDArray[Any]
+
+
+class DeviceMemory:
+    """``Memory`` on the device."""
+
+    def __init__(self) -> None:
+        self.stream = Stream()
+        self._buffers: list[DeviceBuffer] = []
+
+    def put(self, array: Array) -> int:
+        self._buffers.append(DeviceBuffer.of(np.ascontiguousarray(array).view(np.uint8)))
+        return self._buffers[-1].address
+
+    def get(self, address: int, like: Array) -> Array:
+        self.stream.synchronize()
+        result = np.empty(like.nbytes, np.uint8)
+        buffer = next(buffer for buffer in self._buffers if buffer.address == address)
+        buffer.read(result)
+        return result.view(like.dtype).reshape(like.shape)
+
+    def free(self) -> None:
+        self.stream.synchronize()
+        for buffer in self._buffers:
+            buffer.free()
+        self.stream.close()
+
+
+@pytest.fixture(scope="module")
+def device() -> CudaDevice:
+    return CudaDevice()
+
+
+@pytest.fixture(scope="module")
+def library(device: CudaDevice) -> KernelLibrary:
+    return KernelLibrary(device)
+
+
+@pytest.fixture
+def memory(device: CudaDevice) -> Iterator[DeviceMemory]:
+    memory = DeviceMemory()
+    yield memory
+    memory.free()
+
+
+def check(case: AttentionCase, library: KernelLibrary, device: CudaDevice, memory: DeviceMemory) -> None:
+    attention = make_attention(library, case, device.properties.num_multiprocessors)
+    case.check(attention, memory, num_plans=3)
+
+
+@pytest.mark.parametrize("kv_dtype", ["same", "fp8"])
+@pytest.mark.parametrize("dtype", ["bf16", "fp16"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_every_form(
+    head_dim: int, dtype: str, kv_dtype: str, library: KernelLibrary, device: CudaDevice, memory: DeviceMemory
+) -> None:
+    fixed = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype}
+    for seed in range(4):
+        case = random_case(seed + 10 * head_dim, **fixed)
+        check(case, library, device, memory)
+    if head_dim in SOFTCAP_HEAD_DIMS:
+        check(random_case(head_dim, **fixed, softcap=2.0), library, device, memory)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random_steps(seed: int, library: KernelLibrary, device: CudaDevice, memory: DeviceMemory) -> None:
+    check(random_case(1000 + seed, longest=4000), library, device, memory)
+
+
+def llama_case(sequences: list[Sequence], num_decode: int, **changes: Any) -> AttentionCase:
+    shape = AttentionShape(32, 8, 128, "bf16", changes.pop("kv_dtype", "same"), 128**-0.5)
+    return AttentionCase(shape, sequences, num_decode, **changes)
+
+
+@pytest.mark.parametrize("window", [None, 64, 1000])
+def test_one_long_sequence_is_split_over_all_multiprocessors(
+    window: int | None, library: KernelLibrary, device: CudaDevice, memory: DeviceMemory
+) -> None:
+    case = llama_case([Sequence(1, 20_000)], 1, window=window)
+    check(case, library, device, memory)
+
+
+def test_many_sequences_of_unequal_length(
+    library: KernelLibrary, device: CudaDevice, memory: DeviceMemory
+) -> None:
+    lengths = np.random.default_rng(0).integers(1, 200, 250).tolist()
+    sequences = [Sequence(1, int(n)) for n in lengths] + [Sequence(1, 9000), Sequence(0, 0)]
+    check(llama_case(sequences, len(sequences)), library, device, memory)
+
+
+def test_a_long_prefill(library: KernelLibrary, device: CudaDevice, memory: DeviceMemory) -> None:
+    check(llama_case([Sequence(700, 6000), Sequence(1500, 1500)], 0), library, device, memory)
+
+
+def test_a_captured_decode_follows_the_lengths(
+    library: KernelLibrary, device: CudaDevice, memory: DeviceMemory
+) -> None:
+    from cuda.bindings import driver
+
+    from engine_runtime.cuda import checked
+    from engine_runtime.kernels.gpu_attention import DecodeBatch
+
+    cases = [
+        llama_case([Sequence(1, n) for n in lengths], 4, seed=7)
+        for lengths in ([5, 70, 3000, 64], [3000, 1, 9, 2000], [1, 1, 1, 1])
+    ]
+    num_blocks = max(case.num_blocks for case in cases)
+    width = max(case.block_tables.shape[1] for case in cases)
+    attention = make_attention(library, cases[0], device.properties.num_multiprocessors)
+    stream = memory.stream
+    attention.use_workspace(memory.put(np.full(attention.workspace_bytes, 0xFF, np.uint8)), stream)
+    first = cases[0]
+    buffers = {
+        "cache": DeviceBuffer(num_blocks * first.shape.kv_block_bytes),
+        "tables": DeviceBuffer(4 * width * 4),
+        "qkv": DeviceBuffer(first.qkv.nbytes),
+        "query_start": DeviceBuffer.of(first.query_start),
+        "context_len": DeviceBuffer(16),
+        "out": DeviceBuffer(first.expected.size * 2),
+        "positions": DeviceBuffer(16),
+        "slots": DeviceBuffer(16),
+        "cos": DeviceBuffer(4096 * 64 * 4),
+        "sin": DeviceBuffer(4096 * 64 * 4),
+    }
+    layer = attention.kv_layer(buffers["cache"].address, num_blocks)
+    batch = DecodeBatch(
+        4, buffers["query_start"].address, buffers["context_len"].address, buffers["tables"].address, width
+    )
+    mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+    checked(driver.cuStreamBeginCapture(stream.handle, mode))
+    attention.write_rope(
+        stream, buffers["qkv"].address, 4, layer, buffers["positions"].address, buffers["slots"].address,
+        buffers["cos"].address, buffers["sin"].address,
+    )  # fmt: skip
+    attention.plan_decode(stream, batch)
+    attention.decode(stream, buffers["qkv"].address, buffers["out"].address, layer, batch)
+    graph = checked(driver.cuStreamEndCapture(stream.handle))
+    executable = checked(driver.cuGraphInstantiate(graph, 0))
+    for case in cases:
+        tables = np.zeros((4, width), np.int32)
+        tables[:, : case.block_tables.shape[1]] = np.minimum(case.block_tables, case.num_blocks - 1)
+        arrays = {
+            "cache": case.cache, "tables": tables, "qkv": case.qkv, "context_len": case.context_len,
+            "positions": case.positions, "slots": case.slots, "cos": case.cos, "sin": case.sin,
+        }  # fmt: skip
+        for name, array in arrays.items():
+            buffers[name].write(array.view(np.uint8) if name in ("cache", "qkv") else array)
+        buffers["out"].fill(0xFF)
+        checked(driver.cuGraphLaunch(executable, stream.handle))
+        stream.synchronize()
+        result = np.empty(case.expected.shape, case.qkv.dtype)
+        buffers["out"].read(result.view(np.uint8))
+        error = np.linalg.norm(result.astype(np.float64) - case.expected)
+        assert error < 1e-2 * np.linalg.norm(case.expected)
+    checked(driver.cuGraphExecDestroy(executable))
+    checked(driver.cuGraphDestroy(graph))
+    for buffer in buffers.values():
+        buffer.free()
