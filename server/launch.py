@@ -47,6 +47,8 @@ def serve(config: ServerConfig) -> None:
     import uvloop
 
     logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
+    if config.log_level == "info":  # it says what the lines below say, under the name uvicorn.error
+        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     listener = listen(config)
     with listener:
         source = find_model(config.model)
@@ -128,7 +130,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         # uvicorn's own handlers raise the signal again once all is done, and the exit status with it.
         server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, server.handle_exit, number, None)
+            loop.add_signal_handler(number, _end, server, config.shutdown_timeout)
         watcher = asyncio.create_task(_exit_on(failed, server))
         await server.serve(sockets=[listener])
         watcher.cancel()
@@ -136,6 +138,15 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         await engine.stop()
     if failures:
         raise LaunchError(failures[0])
+
+
+def _end(server: uvicorn.Server, seconds: int) -> None:
+    """Lets requests finish at the first signal, and ends them at the second."""
+    if server.should_exit:
+        server.force_exit = True
+        return
+    server.should_exit = True
+    _log.info("shutting down: requests have %d s to finish; a second signal ends them now", seconds)
 
 
 async def _exit_on(failed: asyncio.Event, server: uvicorn.Server) -> None:

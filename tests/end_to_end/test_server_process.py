@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import socket
@@ -90,6 +91,25 @@ def test_an_engine_that_dies_is_started_again(smollm2_path: Path) -> None:
     assert server.process.returncode == 0
     with pytest.raises(ProcessLookupError):
         os.kill(engine, 0)
+
+
+def test_a_second_signal_ends_what_the_first_lets_finish(smollm2_path: Path) -> None:
+    with (
+        ServerProcess("--max-model-len", "2048") as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        for _ in range(20):  # half a second of an answer that takes ten
+            next(lines)
+        assert server.process.poll() is None
+        server.process.send_signal(signal.SIGTERM)
+        server.process.wait(3)
+        with contextlib.suppress(httpx.RemoteProtocolError):
+            assert "[DONE]" not in list(lines)[-1]
+    assert server.process.returncode == 0
+    assert any("shutting down" in line for line in server.lines)
 
 
 def test_the_engine_follows_a_killed_server(smollm2_path: Path) -> None:
