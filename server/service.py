@@ -18,6 +18,7 @@ from server.answer import Answer, AnswerForm
 from server.call import Call
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
+from server.errors import EngineDeadError
 from server.json_body import read_json_object
 from server.metrics import Metrics
 from server.sse import EventStream
@@ -62,7 +63,10 @@ class Service:
         Raises:
             ApiError: the request is wrong, or fails before its response has begun.
         """
-        call = await validate(*await read_json_object(request))
+        body, num_bytes = await read_json_object(request)
+        if not self.engine.is_ready:
+            raise EngineDeadError("the engine is not ready")
+        call = await validate(body, num_bytes)
         tokenizer = self.tokenization.tokenizer
         form = form_of(call, tokenizer, self.system_fingerprint)
         answer = Answer(call, self.engine, tokenizer, self.metrics, form)

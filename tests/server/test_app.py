@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import re
 import time
 
 import openai
@@ -91,6 +92,19 @@ async def test_errors_reach_the_openai_client(tokenizer: Tokenizer) -> None:
             )
         assert caught.value.param == "temperature"
         assert caught.value.request_id
+
+
+async def test_what_an_engine_that_restarts_cannot_take_is_no_request_of_the_metrics(
+    tokenizer: Tokenizer,
+) -> None:
+    engine = ScriptedEngine(tokens([1]))
+    engine.is_ready = False
+    async with api(engine, tokenizer) as client:
+        assert (await client.post("/v1/completions", json={"prompt": "x"})).status_code == 503
+        page = (await client.get("/metrics")).text
+    assert re.findall(
+        r"(?m)^inflightd:(?:request_success_total|e2e_request_latency_seconds_count).* (\S+)", page
+    ) == (["0.0"] * 5)
 
 
 @pytest.mark.parametrize("stream", [False, True])
