@@ -25,6 +25,8 @@ _PER_CALL = {
     driver.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU,
 }
 
+_DEFAULT_STREAM = 0
+
 
 class CudaError(RuntimeError):
     """A call of the driver failed.
@@ -161,14 +163,17 @@ class DeviceBuffer:
     def write(self, array: npt.NDArray[Any], offset: int = 0) -> None:
         """Copies a C-contiguous array to byte ``offset`` and waits."""
         checked(driver.cuMemcpyHtoD(self.address + offset, array.ctypes.data, array.nbytes))
+        # The call returns when the array is read, and our streams do not wait for the default one.
+        checked(driver.cuStreamSynchronize(_DEFAULT_STREAM))
 
     def read(self, array: npt.NDArray[Any], offset: int = 0) -> None:
         """Fills a C-contiguous array from byte ``offset`` and waits."""
         checked(driver.cuMemcpyDtoH(array.ctypes.data, self.address + offset, array.nbytes))
 
     def fill(self, byte: int) -> None:
-        """Sets every byte."""
+        """Sets every byte and waits."""
         checked(driver.cuMemsetD8(self.address, byte, self.num_bytes))
+        checked(driver.cuStreamSynchronize(_DEFAULT_STREAM))
 
     def free(self) -> None:
         """Gives the memory back; a second call does nothing."""
@@ -220,6 +225,25 @@ class Stream:
     def copy_to_host(self, destination: int, source: int, num_bytes: int) -> None:
         """Enqueues a copy; ``destination`` is pinned host memory."""
         checked(driver.cuMemcpyDtoHAsync(destination, source, num_bytes, self._stream))
+
+    def copy_rows_to_device(
+        self, destination: int, source: int, num_rows: int, num_bytes: int, stride: int
+    ) -> None:
+        """Enqueues a copy of the first ``num_bytes`` of rows that are ``stride`` bytes apart on both sides.
+
+        Args:
+            source: pinned host memory.
+        """
+        copy = driver.CUDA_MEMCPY2D()
+        copy.srcMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_HOST
+        copy.srcHost = source
+        copy.srcPitch = stride
+        copy.dstMemoryType = driver.CUmemorytype.CU_MEMORYTYPE_DEVICE
+        copy.dstDevice = destination
+        copy.dstPitch = stride
+        copy.WidthInBytes = num_bytes
+        copy.Height = num_rows
+        checked(driver.cuMemcpy2DAsync(copy, self._stream))
 
     def fill(self, destination: int, byte: int, num_bytes: int) -> None:
         """Enqueues setting ``num_bytes`` bytes of device memory."""
