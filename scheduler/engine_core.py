@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections import deque
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 
-from scheduler.executor import Executor
+from scheduler.executor import Executor, ExecutorLostError
 from scheduler.messages import EngineOutputs, EngineStats, ModelRunnerOutput, Request, SchedulerOutput
 from scheduler.scheduler import Scheduler
 from scheduler.scheduler_config import SchedulerConfig
@@ -42,6 +42,9 @@ class EngineCore:
 
         Returns at once if there is no work. A step that fails ends its own sequences with ERROR; the next one
         runs normally.
+
+        Raises:
+            ExecutorLostError: the device is lost, and with it all that runs.
         """
         step = self._scheduler.schedule()
         if step is not None:
@@ -50,6 +53,8 @@ class EngineCore:
             oldest, future = self._in_flight.popleft()
             try:
                 result = future.result()
+            except ExecutorLostError:
+                raise
             except Exception as error:
                 _log.exception("step %d of %d sequences failed", oldest.step_id, len(oldest.scheduled))
                 self._scheduler.fail(oldest, error)
@@ -86,6 +91,7 @@ class EngineCore:
 
     def shutdown(self) -> None:
         """Waits for the steps in flight, drops their results and frees the device."""
-        wait([future for _, future in self._in_flight])
+        for _, future in self._in_flight:
+            future.exception()
         self._in_flight.clear()
         self._executor.shutdown()

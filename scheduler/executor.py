@@ -8,6 +8,10 @@ from typing import Protocol
 from scheduler.messages import ExecutorSpec, ModelRunnerOutput, SchedulerOutput
 
 
+class ExecutorLostError(Exception):
+    """The device is of no use any more: only a new process can go on. Raised by the future of a step."""
+
+
 class Executor(Protocol):
     """Runs steps in the order in which they are handed over.
 

@@ -59,6 +59,16 @@ def _size(text: str) -> int:
     return value
 
 
+def _share(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        raise ValueError(f"{text!r} is not a number") from None
+    if not 0.0 < value <= 1.0:
+        raise ValueError(f"{text} is out of range: it must be above 0 and at most 1")
+    return value
+
+
 def _names(text: str) -> tuple[str, ...]:
     names = tuple(name.strip() for name in text.split(",") if name.strip())
     if not names:
@@ -97,10 +107,18 @@ class ServerConfig:
         group="model",
         metavar="NAME[,NAME]",
     )
-    dtype: Literal["auto", "float32", "int8"] = _flag(
+    device: Literal["auto", "cuda", "cpu"] = _flag(
         "auto",
-        _one_of("auto", "float32", "int8"),
-        "arithmetic of the matrix products: auto (int8 on a CPU), float32 (exact, slower) or int8",
+        _one_of("auto", "cuda", "cpu"),
+        "where the model runs: auto takes an NVIDIA GPU if there is one, else the CPU",
+        group="model",
+        metavar="DEVICE",
+    )
+    dtype: Literal["auto", "float32", "int8", "bfloat16"] = _flag(
+        "auto",
+        _one_of("auto", "float32", "int8", "bfloat16"),
+        "arithmetic of the matrix products: auto (int8 on a CPU, bfloat16 on a GPU), float32 (CPU: exact, "
+        "slower), int8 (CPU) or bfloat16 (GPU)",
         group="model",
         metavar="DTYPE",
     )
@@ -148,16 +166,32 @@ class ServerConfig:
         group="scheduling",
         metavar="SIZE",
     )
-    block_size: int = _flag(
-        16, _integer(1, 256), "tokens in one KV block", group="scheduling", metavar="TOKENS"
+    gpu_memory_utilization: float = _flag(
+        0.92,
+        _share,
+        "part of a GPU's memory that may be used in all: weights, activations and KV cache (default: 0.92)",
+        group="scheduling",
+        metavar="SHARE",
     )
-    max_num_seqs: int = _flag(
-        64, _integer(1, 4096), "sequences in one step at most", group="scheduling", metavar="N"
+    block_size: int | None = _flag(
+        None,
+        _integer(1, 256),
+        "tokens in one KV block of a CPU (default: 16); GPU kernels have blocks of 64",
+        group="scheduling",
+        metavar="TOKENS",
     )
-    max_num_batched_tokens: int = _flag(
-        512,
+    max_num_seqs: int | None = _flag(
+        None,
+        _integer(1, 4096),
+        "sequences in one step at most (default: 64 on a CPU, 256 on a GPU)",
+        group="scheduling",
+        metavar="N",
+    )
+    max_num_batched_tokens: int | None = _flag(
+        None,
         _integer(1, 2**20),
-        "tokens in one step at most: longer prompts are computed in chunks",
+        "tokens in one step at most: longer prompts are computed in chunks (default: 512 on a CPU, 8192 on a "
+        "GPU)",
         group="scheduling",
         metavar="TOKENS",
     )
@@ -219,7 +253,11 @@ def config_from(arguments: argparse.Namespace, environment: Mapping[str, str] = 
         except ValueError as error:
             raise ConfigError(f"{source}: {error}") from None
     config = ServerConfig(**values)
-    if config.max_num_batched_tokens < config.max_num_seqs:
+    if (
+        config.max_num_batched_tokens is not None
+        and config.max_num_seqs is not None
+        and config.max_num_batched_tokens < config.max_num_seqs
+    ):
         raise ConfigError(
             f"--max-num-batched-tokens ({config.max_num_batched_tokens}) must be at least --max-num-seqs "
             f"({config.max_num_seqs}): each running sequence gets a token in every step"

@@ -178,7 +178,13 @@ def run_engine(address: str, parent_id: int) -> int:
             raise ValueError(f"the first message was {kind.name}, not START")
         logging.basicConfig(level=start.config.log_level.upper(), format=_LOG_FORMAT)
 
-        from engine_runtime.factory import CheckpointError, MemoryPlanError, RuntimeConfig, create_executor
+        from engine_runtime.factory import (
+            CheckpointError,
+            DeviceError,
+            MemoryPlanError,
+            RuntimeConfig,
+            create_executor,
+        )
         from scheduler.engine_core import EngineCore
 
         config: ServerConfig = start.config
@@ -187,9 +193,11 @@ def run_engine(address: str, parent_id: int) -> int:
             executor, plan = create_executor(
                 RuntimeConfig(
                     model_path=Path(start.model_path),
+                    device=config.device,
                     dtype=config.dtype,
                     max_model_len=config.max_model_len,
                     kv_cache_bytes=config.kv_cache_bytes,
+                    gpu_memory_utilization=config.gpu_memory_utilization,
                     max_num_seqs=config.max_num_seqs,
                     max_num_batched_tokens=config.max_num_batched_tokens,
                     block_size=config.block_size,
@@ -197,7 +205,7 @@ def run_engine(address: str, parent_id: int) -> int:
                 ),
                 end.progress(),
             )
-        except (CheckpointError, MemoryPlanError) as error:
+        except (CheckpointError, DeviceError, MemoryPlanError) as error:
             end.send(Kind.FAILED, str(error))
             return 1
         core = EngineCore(executor)

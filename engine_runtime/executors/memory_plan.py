@@ -4,13 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy.typing as npt
-
-from engine_runtime.kernels.cpu import kv_block_bytes
-from engine_runtime.model_config import ModelConfig
-
-_KV_SHARE = 0.3  # of the memory that is available, unless the user says how much
-
 
 class MemoryPlanError(ValueError):
     """The model and its KV cache do not fit. The message holds the plan and says what to change."""
@@ -63,13 +56,14 @@ class MemoryPlan:
 
 
 def make_plan(
-    config: ModelConfig,
     *,
     weight_bytes: int,
     load_bytes: int,
     activation_bytes: int,
     block_size: int,
-    kv_dtype: npt.DTypeLike,
+    block_bytes: int,
+    kv_limit_bytes: int,
+    claimed_len: int,
     max_model_len: int | None,
     max_num_seqs: int,
     kv_cache_bytes: int | None,
@@ -78,22 +72,21 @@ def make_plan(
     """Divides the memory.
 
     Args:
-        kv_dtype: float32 or float16.
+        block_bytes: of a block in all layers.
+        kv_limit_bytes: what the KV cache may take if ``kv_cache_bytes`` is None.
+        claimed_len: the context length that the model claims.
         max_model_len: None takes what the model claims; less if ``kv_cache_bytes`` is None too and the
             memory holds less.
-        kv_cache_bytes: None takes a part of the available memory, no more than ``max_num_seqs`` sequences
-            of the greatest length need.
+        kv_cache_bytes: None takes ``kv_limit_bytes``, no more than ``max_num_seqs`` sequences of the greatest
+            length need.
 
     Raises:
         MemoryPlanError: it does not fit.
     """
-    block_bytes = config.num_hidden_layers * kv_block_bytes(
-        block_size, config.num_key_value_heads, config.head_dim, kv_dtype
-    )
-    wanted_len = max_model_len or config.max_position_embeddings
+    wanted_len = max_model_len or claimed_len
     blocks_a_sequence = -(-wanted_len // block_size)
     if kv_cache_bytes is None:
-        num_blocks = min(int(available_bytes * _KV_SHARE) // block_bytes, max_num_seqs * blocks_a_sequence)
+        num_blocks = min(kv_limit_bytes // block_bytes, max_num_seqs * blocks_a_sequence)
     else:
         num_blocks = kv_cache_bytes // block_bytes
     if max_model_len is None and kv_cache_bytes is None:

@@ -4,13 +4,13 @@ from pathlib import Path
 
 import pytest
 
-from engine_runtime import factory
+from engine_runtime.executors import onnxruntime_factory as factory
+from engine_runtime.executors.onnxruntime_factory import plan_cpu_memory
 from engine_runtime.factory import (
     CheckpointError,
     MemoryPlanError,
     RuntimeConfig,
     create_executor,
-    plan_memory,
 )
 from engine_runtime.weights.checkpoint import open_checkpoint
 from tests.engine_runtime.executors.generation import generate, tokens
@@ -74,8 +74,8 @@ def test_dtypes_and_weights_have_models_of_their_own_in_the_prefix_cache(tmp_pat
 def test_plan_needs_no_weights_and_counts_what_is_stored(tmp_path: Path) -> None:
     checkpoint = open_checkpoint(write_tiny_checkpoint("llama", tmp_path))
     config = checkpoint.config
-    exact = plan_memory(RuntimeConfig(tmp_path, dtype="float32"), checkpoint)
-    quantized = plan_memory(RuntimeConfig(tmp_path, dtype="int8"), checkpoint)
+    exact = plan_cpu_memory(RuntimeConfig(tmp_path, dtype="float32"), checkpoint)
+    quantized = plan_cpu_memory(RuntimeConfig(tmp_path, dtype="int8"), checkpoint)
     hidden, mlp, layers = config.hidden_size, config.intermediate_size, config.num_hidden_layers
     matrices = layers * (hidden * config.q_size + 3 * hidden * mlp + hidden * config.qkv_size)
     entries = 2 * config.vocab_size * hidden  # embeddings and output projection

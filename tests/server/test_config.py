@@ -25,6 +25,7 @@ def test_every_setting_has_a_flag_and_a_variable() -> None:
     values = {
         "model": ("a.gguf", "a.gguf"),
         "served_model_name": ("x, y", ("x", "y")),
+        "device": ("cpu", "cpu"),
         "dtype": ("float32", "float32"),
         "max_model_len": ("77", 77),
         "host": ("::1", "::1"),
@@ -34,6 +35,7 @@ def test_every_setting_has_a_flag_and_a_variable() -> None:
         "shutdown_timeout": ("3", 3),
         "log_level": ("debug", "debug"),
         "kv_cache_bytes": ("2G", 2 * 10**9),
+        "gpu_memory_utilization": ("0.5", 0.5),
         "block_size": ("32", 32),
         "max_num_seqs": ("5", 5),
         "max_num_batched_tokens": ("6", 6),
@@ -73,11 +75,11 @@ def test_a_wrong_value_is_named(flag: str, text: str, says: str) -> None:
 
 
 def test_a_step_has_a_token_for_every_sequence() -> None:
-    assert configure("--max-num-seqs", "512").max_num_seqs == 512
+    assert configure("--max-num-seqs", "512", "--max-num-batched-tokens", "512").max_num_seqs == 512
     with pytest.raises(
         ConfigError, match=r"--max-num-batched-tokens \(512\) must be at least --max-num-seqs"
     ):
-        configure("--max-num-seqs", "513")
+        configure("--max-num-seqs", "513", "--max-num-batched-tokens", "512")
 
 
 @pytest.mark.parametrize(

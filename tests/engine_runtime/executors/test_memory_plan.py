@@ -5,10 +5,9 @@ from typing import Any
 import pytest
 
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError, make_plan
-from tests.engine_runtime.tiny_configs import tiny_config
 
-_CONFIG = tiny_config("llama")
 _GIB = 1 << 30
+_BLOCK = 1 << 20
 
 
 def _plan(**changes: Any) -> MemoryPlan:
@@ -17,23 +16,15 @@ def _plan(**changes: Any) -> MemoryPlan:
         "load_bytes": 500,
         "activation_bytes": 2000,
         "block_size": 16,
-        "kv_dtype": "float32",
+        "block_bytes": _BLOCK,
+        "kv_limit_bytes": _GIB // 2,
+        "claimed_len": 256,
         "max_model_len": 64,
         "max_num_seqs": 3,
         "kv_cache_bytes": None,
         "available_bytes": _GIB,
     }
-    return make_plan(_CONFIG, **(arguments | changes))
-
-
-def test_block_holds_keys_and_values_of_all_layers() -> None:
-    padded = -(-_CONFIG.head_dim // 16) * 16
-    expected = 4 * _CONFIG.num_hidden_layers * 16 * _CONFIG.num_key_value_heads * (_CONFIG.head_dim + padded)
-    assert _plan().block_bytes == expected
-
-
-def test_float16_halves_a_block() -> None:
-    assert 2 * _plan(kv_dtype="float16").block_bytes == _plan().block_bytes
+    return make_plan(**(arguments | changes))
 
 
 def test_default_pool_is_no_larger_than_all_sequences_need() -> None:
@@ -42,34 +33,30 @@ def test_default_pool_is_no_larger_than_all_sequences_need() -> None:
     assert plan.num_full_sequences == 3
 
 
-def test_default_pool_is_a_part_of_a_small_memory() -> None:
-    block = _plan().block_bytes
-    plan = _plan(available_bytes=20 * block, max_num_seqs=1000)
+def test_default_pool_keeps_to_its_limit() -> None:
+    plan = _plan(kv_limit_bytes=6 * _BLOCK + _BLOCK // 2, max_num_seqs=1000)
     assert plan.num_blocks == 6
 
 
 def test_given_pool_is_taken_in_whole_blocks() -> None:
-    block = _plan().block_bytes
-    assert _plan(kv_cache_bytes=10 * block + block // 2).num_blocks == 10
+    assert _plan(kv_cache_bytes=10 * _BLOCK + _BLOCK // 2).num_blocks == 10
 
 
 def test_length_shrinks_to_the_memory_if_neither_it_nor_the_pool_was_asked_for() -> None:
-    block = _plan().block_bytes
-    plan = _plan(max_model_len=None, available_bytes=20 * block, weight_bytes=0, activation_bytes=0)
+    plan = _plan(max_model_len=None, kv_limit_bytes=6 * _BLOCK)
     assert plan.num_blocks == 6
-    assert plan.max_model_len == 96 < _CONFIG.max_position_embeddings
+    assert plan.max_model_len == 96 < 256
 
 
 def test_a_pool_that_was_asked_for_must_hold_the_length_that_the_model_claims() -> None:
     with pytest.raises(MemoryPlanError, match="--max-model-len"):
-        _plan(max_model_len=None, kv_cache_bytes=3 * _plan().block_bytes)
+        _plan(max_model_len=None, kv_cache_bytes=3 * _BLOCK)
 
 
 def test_length_that_was_asked_for_must_fit() -> None:
-    block = _plan().block_bytes
-    assert _plan(kv_cache_bytes=4 * block).num_full_sequences == 1
+    assert _plan(kv_cache_bytes=4 * _BLOCK).num_full_sequences == 1
     with pytest.raises(MemoryPlanError, match="one sequence of 64 tokens") as error:
-        _plan(kv_cache_bytes=4 * block - 1)
+        _plan(kv_cache_bytes=4 * _BLOCK - 1)
     assert "3 blocks x 16 tokens" in str(error.value)
 
 

@@ -1,0 +1,172 @@
+"""Makes the executor for a CPU."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+from engine_runtime.executors.cpu_limits import available_memory, return_freed_memory, usable_cores
+from engine_runtime.executors.decoder_graph import DecoderGraph, build_decoder, transpose_weights
+from engine_runtime.executors.decoder_session import DecoderSession
+from engine_runtime.executors.embedding import EmbeddingTable
+from engine_runtime.executors.memory_plan import MemoryPlan, make_plan
+from engine_runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from engine_runtime.executors.quantization import fuse_quantized, quantize_matmuls
+from engine_runtime.kernels.cpu import (
+    allocate_kv_cache,
+    kv_block_bytes,
+    multiplies_int8_exactly,
+    supports_float16,
+)
+from engine_runtime.runtime_config import DeviceError, Progress, RuntimeConfig
+from engine_runtime.weights.checkpoint import Checkpoint
+from scheduler.executor import Executor
+from scheduler.messages import (
+    ExecutorSpec,
+    NewSequence,
+    SamplingParams,
+    ScheduledSequence,
+    SchedulerOutput,
+)
+
+_KV_SHARE = 0.3  # of the memory that is available, unless the user says how much
+_DEFAULT_SEQS = 64
+_DEFAULT_BATCHED_TOKENS = 512
+_DEFAULT_BLOCK_SIZE = 16
+_LEAST_ROWS = 64  # rows of logits in one run; prompts with logprobs need one a token
+
+
+def plan_cpu_memory(config: RuntimeConfig, checkpoint: Checkpoint) -> MemoryPlan:
+    """Divides the memory, from the checkpoint's headers alone.
+
+    Raises:
+        MemoryPlanError: it does not fit.
+    """
+    return _plan(config, checkpoint, _decoder_graph(config, checkpoint))
+
+
+def create_cpu_executor(
+    config: RuntimeConfig, checkpoint: Checkpoint, report: Progress
+) -> tuple[Executor, MemoryPlan]:
+    """Loads a model.
+
+    Raises:
+        CheckpointError: the model cannot be used.
+        DeviceError: the dtype is none of a CPU's.
+        MemoryPlanError: it does not fit; nothing was loaded.
+    """
+    if config.dtype not in ("auto", "float32", "int8"):
+        raise DeviceError(f"--dtype {config.dtype} needs a GPU; a CPU takes float32 or int8")
+    model = checkpoint.config
+    graph = _decoder_graph(config, checkpoint)
+    plan = _plan(config, checkpoint, graph)
+    is_quantized = _is_quantized(graph)
+    num_threads = config.num_threads or usable_cores()
+    cache = allocate_kv_cache(
+        model.num_hidden_layers,
+        plan.num_blocks,
+        plan.block_size,
+        model.num_key_value_heads,
+        model.head_dim,
+        _kv_dtype(graph),
+    )
+    table = checkpoint.read("model.embed_tokens.weight").astype("float32", copy=False)
+    embedding = EmbeddingTable(table, model.embedding_scale, is_quantized=is_quantized)
+    del table
+    session = DecoderSession(
+        graph,
+        checkpoint,
+        cache,
+        max_tokens=_max_tokens(config),
+        max_sampled=_max_rows(config),
+        max_len=plan.max_model_len,
+        num_threads=num_threads,
+        progress=report,
+    )
+    dtype = "int8" if is_quantized else "float32"
+    spec = ExecutorSpec(
+        model_id=f"{checkpoint.fingerprint}-{dtype}",
+        vocab_size=model.vocab_size,
+        block_size=plan.block_size,
+        num_blocks=plan.num_blocks,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=_max_seqs(config),
+        max_num_batched_tokens=_max_tokens(config),
+        device=f"cpu ({num_threads} thread{'s' if num_threads > 1 else ''}, {dtype})",
+    )
+    report("sampler", 0, 1)
+    executor = OnnxRuntimeExecutor(spec, session, embedding, max_rows=_max_rows(config))
+    return_freed_memory()
+    report("sampler", 1, 1)
+    report("first step", 0, 1)
+    _warm_up(executor)
+    report("first step", 1, 1)
+    return executor, plan
+
+
+def _warm_up(executor: Executor) -> None:
+    """One token through everything, so that the first request waits for nothing."""
+    params = SamplingParams(temperature=1.0, top_p=0.9, logprobs=1, prompt_logprobs=1)
+    new = NewSequence("warm-up", (0, 0), 2, 0, (0,), params)
+    share = ScheduledSequence("warm-up", 0, 2, (), True)
+    executor.execute(SchedulerOutput(0, (new,), (share,), ())).result()
+    executor.execute(SchedulerOutput(1, (), (), ("warm-up",))).result()
+
+
+def _max_seqs(config: RuntimeConfig) -> int:
+    return config.max_num_seqs or _DEFAULT_SEQS
+
+
+def _max_tokens(config: RuntimeConfig) -> int:
+    return max(config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS, _max_seqs(config))
+
+
+def _block_size(config: RuntimeConfig) -> int:
+    return config.block_size or _DEFAULT_BLOCK_SIZE
+
+
+def _max_rows(config: RuntimeConfig) -> int:
+    return max(_max_seqs(config), _LEAST_ROWS)
+
+
+def _decoder_graph(config: RuntimeConfig, checkpoint: Checkpoint) -> DecoderGraph:
+    graph = build_decoder(checkpoint.config)
+    transpose_weights(graph)
+    if config.dtype == "int8" or (config.dtype == "auto" and multiplies_int8_exactly()):
+        quantize_matmuls(graph)
+        fuse_quantized(graph)
+    return graph
+
+
+def _is_quantized(graph: DecoderGraph) -> bool:
+    return any(weight.form == "int8" for weight in graph.weights.values())
+
+
+def _kv_dtype(graph: DecoderGraph) -> npt.DTypeLike:
+    """With many sequences, decoding waits for keys and values: float16 halves that, far finer than int8."""
+    return np.float16 if _is_quantized(graph) and supports_float16() else np.float32
+
+
+def _plan(config: RuntimeConfig, checkpoint: Checkpoint, graph: DecoderGraph) -> MemoryPlan:
+    model = checkpoint.config
+    stored = sum(weight.num_bytes for weight in graph.weights.values())
+    entries = model.vocab_size * model.hidden_size
+    table = entries if _is_quantized(graph) else 4 * entries
+    # A layer's buffers are reused by the next one.
+    widths = 3 * model.hidden_size + 2 * model.qkv_size + 2 * model.q_size + 5 * model.intermediate_size
+    activations = 4 * (_max_tokens(config) * widths + _max_rows(config) * model.vocab_size)
+    available_bytes = available_memory()
+    return make_plan(
+        weight_bytes=stored + table,
+        load_bytes=stored,  # each matrix exists twice until the session has packed it
+        activation_bytes=activations,
+        block_size=_block_size(config),
+        block_bytes=model.num_hidden_layers
+        * kv_block_bytes(_block_size(config), model.num_key_value_heads, model.head_dim, _kv_dtype(graph)),
+        kv_limit_bytes=int(available_bytes * _KV_SHARE),
+        claimed_len=model.max_position_embeddings,
+        max_model_len=config.max_model_len,
+        max_num_seqs=_max_seqs(config),
+        kv_cache_bytes=config.kv_cache_bytes,
+        available_bytes=available_bytes,
+    )

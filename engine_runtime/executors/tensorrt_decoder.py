@@ -1,0 +1,274 @@
+"""A whole decoder on the device: buffers, segments, attentions and sampling, enqueued step by step."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Literal
+
+from engine_runtime.cuda import CudaDevice, DeviceBuffer, Stream
+from engine_runtime.executors.cuda_graphs import CudaGraph
+from engine_runtime.executors.tensorrt_batch import StepInputs, StepShape
+from engine_runtime.executors.tensorrt_segment import BoundSegment, DeviceSegment
+from engine_runtime.executors.tensorrt_tactics import SegmentFactory
+from engine_runtime.executors.tensorrt_weights import DeviceWeights
+from engine_runtime.kernels.gpu_attention import DecodeBatch, PagedAttention
+from engine_runtime.kernels.gpu_embedding import GpuEmbedding
+from engine_runtime.kernels.gpu_sampling import GpuSampler
+from engine_runtime.kernels.kernel_library import KernelLibrary
+from engine_runtime.kernels.sampling_rows import SamplingPath
+from engine_runtime.model_config import ModelConfig
+from engine_runtime.models.segment import SegmentKind
+from engine_runtime.rope import RopeConfig, rope_tables
+
+_ALIGNMENT = 256
+ITEM_BYTES = 2  # of activations
+
+
+def buffer_sizes(config: ModelConfig, max_tokens: int, max_rows: int) -> dict[str, int]:
+    """Bytes of each buffer between the kernels of a step."""
+    return {
+        "residual.0": max_tokens * config.hidden_size * ITEM_BYTES,
+        "residual.1": max_tokens * config.hidden_size * ITEM_BYTES,
+        "qkv": max_tokens * config.qkv_size * ITEM_BYTES,
+        "attention": max_tokens * config.q_size * ITEM_BYTES,
+        "row_attention": max_rows * config.q_size * ITEM_BYTES,
+        "row_residual": max_rows * config.hidden_size * ITEM_BYTES,
+        "logits": max_rows * config.vocab_size * 4,
+    }
+
+
+class KvCache:
+    """The blocks of all layers, in one allocation, zero at first."""
+
+    def __init__(self, num_layers: int, num_blocks: int, block_bytes: int) -> None:
+        """
+        Args:
+            block_bytes: of one block in one layer.
+
+        Raises:
+            CudaError: not enough memory.
+        """
+        self.num_blocks = num_blocks
+        self._layer_bytes = num_blocks * block_bytes
+        self._buffer = DeviceBuffer(num_layers * self._layer_bytes)
+        self._buffer.fill(0)
+
+    def layer(self, index: int) -> int:
+        """Address."""
+        return self._buffer.address + index * self._layer_bytes
+
+    def free(self) -> None:
+        self._buffer.free()
+
+
+class DeviceDecoder:
+    """Enqueues runs. All addresses are fixed from the start, so that runs can be replayed as CUDA graphs."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        device: CudaDevice,
+        stream: Stream,
+        *,
+        library: KernelLibrary,
+        segments: SegmentFactory,
+        weights: DeviceWeights,
+        attention: PagedAttention,
+        sampler: GpuSampler,
+        cache: KvCache,
+        inputs: StepInputs,
+        max_tokens: int,
+        max_rows: int,
+        max_len: int,
+        dtype: Literal["bf16", "fp16"],
+    ) -> None:
+        """
+        Args:
+            max_tokens: of one run, the largest bucket.
+            max_rows: of logits in one run, the largest bucket.
+            max_len: positions that the rotary tables cover.
+
+        Raises:
+            CudaError: not enough memory.
+        """
+        self._config = config
+        self._device = device
+        self._stream = stream
+        self._segments = segments
+        self._weights = weights
+        self._attention = attention
+        self._sampler = sampler
+        self._inputs = inputs
+        sizes = buffer_sizes(config, max_tokens, max_rows)
+        padded = {name: -(-size // _ALIGNMENT) * _ALIGNMENT for name, size in sizes.items()}
+        self._buffer = DeviceBuffer(sum(padded.values()))
+        self._at: dict[str, int] = {}
+        end = self._buffer.address
+        for name, size in padded.items():
+            self._at[name] = end
+            end += size
+        self._attention_workspace = DeviceBuffer(attention.workspace_bytes)
+        attention.use_workspace(self._attention_workspace.address, stream)
+        self._cache = cache
+        self._kv_layers = [
+            attention.kv_layer(cache.layer(i), cache.num_blocks) for i in range(config.num_hidden_layers)
+        ]
+        self._rope: dict[RopeConfig, tuple[DeviceBuffer, DeviceBuffer]] = {}
+        for layer in config.layers:
+            if layer.rope not in self._rope:
+                cos, sin = rope_tables(layer.rope, config.head_dim, max_len)
+                self._rope[layer.rope] = DeviceBuffer.of(cos), DeviceBuffer.of(sin)
+        at = self._at
+        self._embedding = GpuEmbedding(
+            library, dtype, weights.embedding, config.vocab_size, config.hidden_size, config.embedding_scale
+        )
+        self._gather_attention = GpuEmbedding(library, dtype, at["attention"], max_tokens, config.q_size)
+        last_residual = at[f"residual.{(config.num_hidden_layers - 1) % 2}"]
+        self._gather_residual = GpuEmbedding(library, dtype, last_residual, max_tokens, config.hidden_size)
+        self._workspaces: list[DeviceBuffer] = []
+        self._bodies: dict[int, list[BoundSegment]] = {}
+        self._heads: dict[tuple[int, bool], BoundSegment] = {}
+        self._graphs: dict[tuple[int, SamplingPath], CudaGraph | None] = {}
+
+    def prepare(self, token_counts: Sequence[int], row_counts: Sequence[int]) -> None:
+        """Makes the segments of these buckets; others are made when a step first needs them.
+
+        Raises:
+            TensorRTError: one cannot be made.
+        """
+        for count in token_counts:
+            self._body(count)
+        for count in row_counts:
+            self._head(count, is_decode=True)
+
+    def run(self, shape: StepShape, path: SamplingPath) -> None:
+        """Enqueues a run whose inputs are on their way to the device.
+
+        A decode run is recorded when its shape comes the second time, and replayed from then on.
+
+        Raises:
+            CudaError: a launch failed.
+            TensorRTError: TensorRT refused.
+        """
+        if not shape.is_decode:
+            self._enqueue(shape, path)
+            return
+        key = shape.num_tokens, path
+        if key not in self._graphs:  # what loads or compiles something does so now
+            self._enqueue(shape, path)
+            self._graphs[key] = None
+            return
+        graph = self._graphs[key]
+        if graph is None:
+            graph = CudaGraph(self._stream, lambda: self._enqueue(shape, path))
+            self._graphs[key] = graph
+        graph.launch(self._stream)
+
+    def close(self) -> None:
+        """Frees everything that belongs to the decoder, the cache and the weights too."""
+        for graph in self._graphs.values():
+            if graph is not None:
+                graph.close()
+        tables = [table for pair in self._rope.values() for table in pair]
+        for buffer in (self._buffer, self._attention_workspace, *self._workspaces, *tables):
+            buffer.free()
+        self._cache.free()
+        self._weights.free()
+
+    def _enqueue(self, shape: StepShape, path: SamplingPath) -> None:
+        stream, at, inputs = self._stream, self._at, self._inputs
+        sampled = self._sampler.sampled_tokens_address
+        body = self._body(shape.num_tokens)
+        # The first segment reads the embeddings from where no output of it lies.
+        self._embedding.enqueue(
+            stream, shape.num_tokens, inputs.address("token_ids"), sampled, at["residual.1"]
+        )
+        decodes = DecodeBatch(
+            shape.num_decodes,
+            inputs.address("query_start"),
+            inputs.address("context_len"),
+            inputs.block_tables_address,
+            inputs.table_stride,
+        )
+        if shape.num_decodes:
+            self._attention.plan_decode(stream, decodes)
+        for layer, segment in enumerate(body):
+            segment.enqueue(stream)
+            self._attend(layer, shape, decodes)
+        if shape.num_rows == 0:
+            return
+        if not shape.is_decode:
+            rows = inputs.address("rows")
+            self._gather_attention.enqueue(stream, shape.num_rows, rows, sampled, at["row_attention"])
+            self._gather_residual.enqueue(stream, shape.num_rows, rows, sampled, at["row_residual"])
+        self._head(shape.num_rows, is_decode=shape.is_decode).enqueue(stream)
+        self._sampler.enqueue(stream, path, shape.num_rows, at["logits"], inputs.address("sampling"))
+
+    def _attend(self, index: int, shape: StepShape, decodes: DecodeBatch) -> None:
+        stream, at, inputs, attention = self._stream, self._at, self._inputs, self._attention
+        layer, cache = self._config.layers[index], self._kv_layers[index]
+        cos, sin = self._rope[layer.rope]
+        attention.write_rope(
+            stream, at["qkv"], shape.num_tokens, cache, inputs.address("positions"), inputs.address("slots"),
+            cos.address, sin.address,
+        )  # fmt: skip
+        if shape.num_decodes:
+            attention.decode(stream, at["qkv"], at["attention"], cache, decodes, window=layer.sliding_window)
+        if shape.num_tiles:
+            attention.prefill(
+                stream, at["qkv"], at["attention"], cache, inputs.address("tiles"), shape.num_tiles,
+                inputs.block_tables_address, inputs.table_stride, window=layer.sliding_window,
+            )  # fmt: skip
+
+    def _body(self, num_tokens: int) -> list[BoundSegment]:
+        """The segments before each attention."""
+        body = self._bodies.get(num_tokens)
+        if body is None:
+            first = self._make("first", num_tokens)
+            body = [first.bind({**self._weights.addresses(-1), **self._io(-1)})]
+            num_layers = self._config.num_hidden_layers
+            if num_layers > 1:
+                middle = self._make("middle", num_tokens)
+                for layer in range(num_layers - 1):
+                    body.append(middle.bind({**self._weights.addresses(layer), **self._io(layer)}))
+            self._bodies[num_tokens] = body
+        return body
+
+    def _head(self, num_rows: int, *, is_decode: bool) -> BoundSegment:
+        """The segment after the last attention, of all tokens or of gathered rows."""
+        head = self._heads.get((num_rows, is_decode))
+        if head is None:
+            segment = self._make("last", num_rows)
+            layer = self._config.num_hidden_layers - 1
+            addresses = {**self._weights.addresses(layer), **self._io(layer)}
+            if not is_decode:
+                addresses |= {
+                    "attention": self._at["row_attention"],
+                    "residual": self._at["row_residual"],
+                }
+            head = segment.bind(addresses)
+            self._heads[num_rows, is_decode] = head
+        return head
+
+    def _io(self, layer: int) -> dict[str, int]:
+        """The inputs and outputs of the segment after the attention of ``layer``; -1: of the first one."""
+        at = self._at
+        return {
+            "hidden": at["residual.1"],
+            "residual": at[f"residual.{layer % 2}"],
+            "residual_out": at[f"residual.{(layer + 1) % 2}"],
+            "attention": at["attention"],
+            "qkv": at["qkv"],
+            "logits": at["logits"],
+        }
+
+    def _make(self, kind: SegmentKind, num_tokens: int) -> DeviceSegment:
+        segment = self._segments.make(kind, num_tokens)
+        segment.use_workspace(self._workspace(segment.workspace_bytes))
+        return segment
+
+    def _workspace(self, num_bytes: int) -> int:
+        """Segments run one after another, so all share the largest; earlier ones keep what they have."""
+        if not self._workspaces or self._workspaces[-1].num_bytes < num_bytes:
+            self._workspaces.append(DeviceBuffer(num_bytes))
+        return self._workspaces[-1].address

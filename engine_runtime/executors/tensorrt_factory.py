@@ -1,0 +1,225 @@
+"""Makes the executor for an NVIDIA GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from typing import Literal
+
+from engine_runtime.cuda import CudaDevice, CudaError, NoDeviceError, Stream
+from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError, make_plan
+from engine_runtime.executors.tensorrt import MAX_IN_FLIGHT, TensorRTExecutor
+from engine_runtime.executors.tensorrt_batch import DeviceBatch, StepInputs
+from engine_runtime.executors.tensorrt_buckets import decode_buckets, token_buckets
+from engine_runtime.executors.tensorrt_cache import EngineCache
+from engine_runtime.executors.tensorrt_decoder import DeviceDecoder, KvCache, buffer_sizes
+from engine_runtime.executors.tensorrt_library import TensorRTError
+from engine_runtime.executors.tensorrt_tactics import SegmentFactory
+from engine_runtime.executors.tensorrt_weights import DeviceWeights, WeightPlan
+from engine_runtime.kernels.gpu_attention import AttentionShape, PagedAttention
+from engine_runtime.kernels.gpu_sampling import GpuSampler
+from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError
+from engine_runtime.model_config import ModelConfig
+from engine_runtime.runtime_config import DeviceError, Progress, RuntimeConfig
+from engine_runtime.weights.checkpoint import Checkpoint
+from scheduler.messages import (
+    ExecutorSpec,
+    NewSequence,
+    SamplingParams,
+    ScheduledSequence,
+    SchedulerOutput,
+)
+
+_logger = logging.getLogger(__name__)
+_DEFAULT_SEQS = 256
+_DEFAULT_BATCHED_TOKENS = 8192
+_LEAST_ROWS = 64  # of logits in one run; prompts with logprobs need one a token
+_GRAPHS_AND_CODE_BYTES = 256 << 20
+_KV_ATTEMPTS = 4
+_DTYPE: Literal["bf16"] = "bf16"
+
+
+def open_gpu(*, is_required: bool) -> CudaDevice | None:
+    """The first GPU that the driver shows, or None if there is none and it is not required.
+
+    Raises:
+        DeviceError: there is none, or it cannot be used.
+    """
+    try:
+        return CudaDevice()
+    except NoDeviceError as error:
+        if is_required:
+            raise DeviceError(f"--device cuda: {error}") from error
+        return None
+    except CudaError as error:
+        raise DeviceError(f"the GPU cannot be used ({error}); --device cpu does without") from error
+
+
+def create_gpu_executor(
+    config: RuntimeConfig,
+    device: CudaDevice,
+    model: ModelConfig,
+    checkpoint: Checkpoint | None,
+    report: Progress,
+) -> tuple[TensorRTExecutor, MemoryPlan]:
+    """Loads a model to a GPU.
+
+    Args:
+        checkpoint: None fills the weights with random numbers, for benchmarks.
+
+    Raises:
+        CheckpointError: the model cannot be used.
+        DeviceError: the GPU, its kernels or TensorRT cannot be used for this model.
+        MemoryPlanError: it does not fit; nothing was loaded.
+    """
+    if config.dtype not in ("auto", "bfloat16"):
+        raise DeviceError(f"--dtype {config.dtype} is for CPUs (--device cpu); a GPU takes bfloat16")
+    try:
+        return _create(config, device, model, checkpoint, report)
+    except (KernelsMissingError, TensorRTError) as error:
+        raise DeviceError(f"{error} (--device cpu does without the GPU)") from error
+
+
+def _create(
+    config: RuntimeConfig,
+    device: CudaDevice,
+    model: ModelConfig,
+    checkpoint: Checkpoint | None,
+    report: Progress,
+) -> tuple[TensorRTExecutor, MemoryPlan]:
+    max_seqs = config.max_num_seqs or _DEFAULT_SEQS
+    max_tokens = max(config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS, max_seqs)
+    max_rows = max(max_seqs, _LEAST_ROWS)
+    library = KernelLibrary(device)
+    segments = SegmentFactory(model, device, EngineCache(), library)
+    shape = AttentionShape(
+        num_heads=model.num_attention_heads,
+        num_kv_heads=model.num_key_value_heads,
+        head_dim=model.head_dim,
+        dtype=_DTYPE,
+        kv_dtype="same",
+        scale=model.attention_scale,
+        softcap=model.attention_logit_softcap,
+    )
+    attention = PagedAttention(
+        library,
+        shape,
+        max_sequences=max_rows,
+        num_multiprocessors=device.properties.num_multiprocessors,
+        windows=[layer.sliding_window for layer in model.layers],
+    )
+    weight_plan = WeightPlan(model)
+    workspace = max(
+        segments.make("middle", max_tokens).workspace_bytes, segments.make("last", max_rows).workspace_bytes
+    )
+    free, total = device.memory()
+    available = min(free, int(total * config.gpu_memory_utilization) - (total - free))
+    activations = (
+        sum(buffer_sizes(model, max_tokens, max_rows).values())
+        + attention.workspace_bytes
+        + workspace
+        + GpuSampler.device_bytes(max_rows, 2 * max_seqs)
+        + _GRAPHS_AND_CODE_BYTES
+    )
+    plan = make_plan(
+        weight_bytes=weight_plan.num_bytes,
+        load_bytes=0,
+        activation_bytes=activations,
+        block_size=attention.block_size,
+        block_bytes=model.num_hidden_layers * shape.kv_block_bytes,
+        kv_limit_bytes=max(0, available - weight_plan.num_bytes - activations),
+        claimed_len=model.max_position_embeddings,
+        max_model_len=config.max_model_len,
+        max_num_seqs=max_seqs,
+        kv_cache_bytes=config.kv_cache_bytes,
+        available_bytes=available,
+    )
+    stream = Stream()
+    weights = DeviceWeights(weight_plan)
+    if checkpoint is None:
+        weights.fill_randomly()
+    else:
+        weights.load(checkpoint, stream, lambda done, size: report("weights", done, size))
+    sampler = GpuSampler(library, model.vocab_size, max_rows, 2 * max_seqs)
+    inputs = StepInputs(
+        max_num_seqs=max_rows,
+        max_tokens=max_tokens,
+        max_rows=max_rows,
+        max_blocks=-(-plan.max_model_len // plan.block_size),
+        max_tiles=attention.max_prefill_tiles(max_tokens, max_rows),
+        sampling_bytes=sampler.input_bytes,
+        num_copies=MAX_IN_FLIGHT,
+    )
+    cache, plan = _allocate_cache(model.num_hidden_layers, shape.kv_block_bytes, plan)
+    decoder = DeviceDecoder(
+        model,
+        device,
+        stream,
+        library=library,
+        segments=segments,
+        weights=weights,
+        attention=attention,
+        sampler=sampler,
+        cache=cache,
+        inputs=inputs,
+        max_tokens=max_tokens,
+        max_rows=max_rows,
+        max_len=plan.max_model_len,
+        dtype=_DTYPE,
+    )
+    batch = DeviceBatch(
+        inputs,
+        max_slots=2 * max_seqs,
+        max_rows=max_rows,
+        block_size=plan.block_size,
+        decode_buckets=decode_buckets(max_rows),
+        token_buckets=token_buckets(max_tokens),
+        tiles=attention.prefill_tiles,
+    )
+    fingerprint = "random" if checkpoint is None else checkpoint.fingerprint
+    spec = ExecutorSpec(
+        model_id=f"{fingerprint}-bfloat16",
+        vocab_size=model.vocab_size,
+        block_size=plan.block_size,
+        num_blocks=plan.num_blocks,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=max_seqs,
+        max_num_batched_tokens=max_tokens,
+        device=f"{device.properties.name} (bfloat16)",
+    )
+    executor = TensorRTExecutor(spec, device, stream, decoder, batch, inputs, sampler)
+    report("first step", 0, 1)
+    _warm_up(executor)
+    report("first step", 1, 1)
+    return executor, plan
+
+
+def _allocate_cache(num_layers: int, block_bytes: int, plan: MemoryPlan) -> tuple[KvCache, MemoryPlan]:
+    """The KV cache of the plan, or a smaller one if a neighbour on the GPU has taken memory since.
+
+    Raises:
+        MemoryPlanError: not even one sequence of the greatest length fits any more.
+    """
+    for _ in range(_KV_ATTEMPTS):
+        try:
+            return KvCache(num_layers, plan.num_blocks, block_bytes), plan
+        except CudaError as error:
+            if error.is_fatal:
+                raise
+            _logger.warning("no memory for %d KV blocks; trying fewer", plan.num_blocks)
+            time.sleep(0.2)
+            plan = dataclasses.replace(plan, num_blocks=plan.num_blocks * 7 // 8)
+            if plan.num_full_sequences < 1:
+                break
+    raise MemoryPlanError(f"Other programs take this GPU's memory while the server starts.\n{plan.table()}")
+
+
+def _warm_up(executor: TensorRTExecutor) -> None:
+    """A prompt and some tokens through everything, so that the first request waits for less."""
+    new = NewSequence("warm-up", (0, 0), 2, 0, (0,), SamplingParams(temperature=0.0))
+    steps = [ScheduledSequence("warm-up", 0, 2, (), True)]
+    steps += [ScheduledSequence("warm-up", 2 + i, 1, (), True) for i in range(2)]
+    for i, share in enumerate(steps):
+        executor.execute(SchedulerOutput(i, (new,) if i == 0 else (), (share,), ())).result()
+    executor.execute(SchedulerOutput(len(steps), (), (), ("warm-up",))).result()
