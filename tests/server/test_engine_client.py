@@ -126,7 +126,7 @@ async def test_an_engine_that_is_killed_fails_its_requests_and_is_started_again(
 async def test_nothing_is_sent_to_an_engine_that_has_just_died() -> None:
     async with started() as watched:
         os.kill(watched.process_ids[-1], signal.SIGKILL)
-        await until(lambda: not watched.client.is_ready, seconds=0.3)
+        await until(lambda: not watched.client.is_ready, seconds=0.45)
         with pytest.raises(EngineDeadError):
             await anext(watched.client.generate(Request("r", (1,))))
         await until(lambda: watched.client.is_ready)
