@@ -1,0 +1,182 @@
+"""The whole engine on a GPU, without HTTP: ``python -m tests.benchmarks.gpu_engine [--shape 128/128 ...]``.
+
+Llama-3.1-8B's shape with random weights, greedy, random prompts, so that no prefix is reused. A closed loop
+keeps so many sequences running; each finished one is replaced at once. Reported are output tokens a second
+between the first and the last token of the run, and beside them
+
+- floor: the same tokens at the rate at which weights and the mean KV of decode steps could be read, plus the
+  arithmetic of the prompts;
+- busy: device time from the first to the last operation of each step, by CUDA events, over wall time.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from engine_runtime.cuda import CudaDevice, Event
+from engine_runtime.executors.tensorrt import TensorRTExecutor
+from engine_runtime.executors.tensorrt_factory import create_gpu_executor
+from engine_runtime.model_config import LayerConfig, ModelConfig
+from engine_runtime.rope import RopeConfig
+from engine_runtime.runtime_config import RuntimeConfig
+from scheduler.engine_core import EngineCore
+from scheduler.messages import Request, SamplingParams
+
+_BANDWIDTH = 4.3e12
+_FLOPS = 790e12
+# Output tokens a second of vLLM 0.26 on one H200, bfloat16, as measured for the issue that asked for this.
+_VLLM = {
+    "128/128": {1: 203, 16: 2937, 64: 8700, 256: 15373},
+    "1024/128": {1: 196, 16: 1907, 64: 3298, 256: 3908},
+    "128/1024": {1: 204, 16: 2991, 64: 9230, 256: 17021},
+}
+
+LLAMA_8B = ModelConfig(
+    architecture="llama",
+    hidden_size=4096,
+    intermediate_size=14336,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=8,
+    head_dim=128,
+    vocab_size=128256,
+    max_position_embeddings=131072,
+    rms_norm_eps=1e-5,
+    tie_word_embeddings=False,
+    attention_scale=128**-0.5,
+    layers=(LayerConfig(RopeConfig(500000.0)),) * 32,
+)
+
+
+class BusyTime:
+    """Device time of the runs of steps."""
+
+    def __init__(self, executor: TensorRTExecutor) -> None:
+        self.pairs: list[tuple[Event, Event]] = []
+        decoder: Any = executor._decoder
+        stream = executor._stream
+        run = decoder.run
+
+        def timed(*arguments: Any) -> None:
+            start, end = Event(times=True), Event(times=True)
+            start.record(stream)
+            run(*arguments)
+            end.record(stream)
+            self.pairs.append((start, end))
+
+        decoder.run = timed
+
+    def take(self) -> float:
+        """Seconds since the last call."""
+        seconds = sum(end.milliseconds_since(start) for start, end in self.pairs) / 1e3
+        for pair in self.pairs:
+            for event in pair:
+                event.close()
+        self.pairs.clear()
+        return seconds
+
+
+def closed_loop(
+    executor: TensorRTExecutor,
+    num_prompt: int,
+    num_output: int,
+    concurrency: int,
+    num_requests: int,
+    seed: int,
+) -> tuple[int, float, list[float]]:
+    """Runs the requests; returns output tokens, seconds and the time to the first token of each."""
+    rng = np.random.default_rng(seed)
+    core = EngineCore(executor)
+    params = SamplingParams(temperature=0.0, max_tokens=num_output)
+    started: dict[str, float] = {}
+    first_token: list[float] = []
+    waiting = [
+        Request(f"{seed}-{i}", tuple(rng.integers(1000, 100000, num_prompt).tolist()), params)
+        for i in range(num_requests)
+    ]
+    waiting.reverse()
+    num_tokens = 0
+    begin = time.perf_counter()
+
+    def add() -> None:
+        if waiting:
+            request = waiting.pop()
+            started[request.request_id] = time.perf_counter()
+            core.add_request(request)
+
+    for _ in range(concurrency):
+        add()
+    while core.has_work:
+        for output in core.step().outputs:
+            assert output.error is None, output.error
+            num_tokens += len(output.token_ids)
+            since = started.pop(output.request_id, None)
+            if since is not None:
+                first_token.append(time.perf_counter() - since)
+            if output.finish_reason is not None:
+                add()
+    return num_tokens, time.perf_counter() - begin, first_token
+
+
+def floor_seconds(
+    config: ModelConfig, weight_bytes: int, num_prompt: int, num_output: int, concurrency: int, requests: int
+) -> float:
+    kv_token = 4 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    context = num_prompt + num_output / 2
+    decode_steps = requests * (num_output - 1) / concurrency
+    decode = decode_steps * (weight_bytes + concurrency * context * kv_token) / _BANDWIDTH
+    prefill = requests * num_prompt * weight_bytes / _FLOPS  # two flops a weight of two bytes
+    return decode + max(prefill, requests * weight_bytes / _BANDWIDTH if concurrency == 1 else 0.0)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--shape", nargs="*", default=["128/128", "1024/128"], help="tokens in/out")
+    parser.add_argument("--concurrency", nargs="*", type=int, default=[1, 16, 64, 256])
+    parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--rounds", type=float, default=3.0, help="requests a running sequence")
+    parser.add_argument("--profile", type=Path, help="write a cProfile of the last measurement")
+    options = parser.parse_args(arguments)
+    config = LLAMA_8B
+    begin = time.perf_counter()
+    device = CudaDevice()
+    executor, plan = create_gpu_executor(
+        RuntimeConfig(Path("random"), device="cuda", max_model_len=8192), device, config, None,
+        lambda what, done, total: None,
+    )  # fmt: skip
+    print(
+        f"{device.properties.name}; ready in {time.perf_counter() - begin:.1f} s\n{plan.table()}\n",
+        flush=True,
+    )
+    print("| in/out | sequences | tokens/s | vLLM 0.26 | ratio | of floor | busy | TTFT p50 ms | ms a step |")
+    print("|---|---|---|---|---|---|---|---|---|", flush=True)
+    busy_time = BusyTime(executor)
+    for shape in options.shape:
+        num_prompt, num_output = map(int, shape.split("/"))
+        for concurrency in options.concurrency:
+            requests = max(2, int(options.rounds * concurrency))
+            closed_loop(executor, num_prompt, min(num_output, 8), concurrency, concurrency, 1)  # warms up
+            busy_time.take()
+            tokens, seconds, ttft = closed_loop(executor, num_prompt, num_output, concurrency, requests, 2)
+            num_steps = len(busy_time.pairs)
+            busy = busy_time.take() / seconds
+            rate = tokens / seconds
+            floor = floor_seconds(config, plan.weight_bytes, num_prompt, num_output, concurrency, requests)
+            peer = _VLLM.get(shape, {}).get(concurrency)
+            print(
+                f"| {shape} | {concurrency} | {rate:,.0f} | {peer or '-'} "
+                f"| {f'{rate / peer:.2f}' if peer else '-'} | {floor / seconds:.0%} | {busy:.0%} "
+                f"| {1e3 * float(np.median(ttft)):.0f} | {1e3 * seconds / num_steps:.2f} |",
+                flush=True,
+            )
+    executor.shutdown()
+
+
+if __name__ == "__main__":
+    main()
