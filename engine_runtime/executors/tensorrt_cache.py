@@ -58,8 +58,13 @@ def segment_key(
     formulation: str = "merged",
     quantization: str = "none",
     tensor_parallel_size: int = 1,
+    library: str | None = None,
 ) -> CacheKey:
-    """The key of a segment's engine on this version of TensorRT."""
+    """The key of a segment's engine.
+
+    Args:
+        library: what made the entry; None: the installed TensorRT.
+    """
     if segment.num_tokens is None:
         raise ValueError("entries are for one token count, and this segment leaves it open")
     return CacheKey(
@@ -71,7 +76,7 @@ def segment_key(
         formulation=formulation,
         quantization=quantization,
         tensor_parallel_size=tensor_parallel_size,
-        library=tensorrt_version(),
+        library=library or tensorrt_version(),
         target=target,
     )
 

@@ -11,9 +11,10 @@ from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.segment import SegmentKind
 
 Projection = Literal["attention_output", "gate_up", "mlp_output", "qkv", "logits"]
+Quantization = Literal["none", "fp8"]
 
 _NAME = re.compile(
-    r"(?P<function>gemv|skinny|tiled)_(?P<role>\w+?)_(?P<blocks>\d+x\d+x\d+x\d+x\d+)(?P<persistent>_persistent)?"
+    r"(?P<function>gemv|skinny|tiled)(?P<fp8>8?)_(?P<role>\w+?)_(?P<blocks>\d+x\d+x\d+x\d+x\d+)(?P<persistent>_persistent)?"
 )
 _MAX_SPLIT_TOKENS = 1024  # beyond, there are tiles enough, and partial sums would be large
 _LEAST_TILED_TOKENS = 64
@@ -28,6 +29,7 @@ class GemmForm:
     Attributes:
         name: of the kernel.
         bm, bn, bk: tokens, rows of W and columns of both that a program handles at a time.
+        is_fp8: the weights are E4M3 with a factor for each row.
         num_parts: arrays of partial sums that it writes.
     """
 
@@ -38,6 +40,7 @@ class GemmForm:
     bn: int
     bk: int
     is_persistent: bool
+    is_fp8: bool
 
     @property
     def num_parts(self) -> int:
@@ -63,8 +66,9 @@ def parse_forms(names: Iterable[str]) -> tuple[GemmForm, ...]:
         match = _NAME.fullmatch(name)
         if match is not None:
             bm, bn, bk = map(int, match["blocks"].split("x")[:3])
-            is_persistent = match["persistent"] is not None
-            found.append(GemmForm(name, match["function"], match["role"], bm, bn, bk, is_persistent))
+            is_persistent, is_fp8 = match["persistent"] is not None, match["fp8"] != ""
+            function, role = match["function"], match["role"]
+            found.append(GemmForm(name, function, role, bm, bn, bk, is_persistent, is_fp8))
     return tuple(found)
 
 
@@ -100,8 +104,18 @@ def is_fused(config: ModelConfig, kind: SegmentKind, num_tokens: int) -> bool:
     return num_tokens == 1 and kind != "first" and config.architecture != "gemma3"
 
 
+def is_quantized(projection: Projection, quantization: Quantization) -> bool:
+    """Whether the projection has E4M3 weights; the output projection always keeps 16 bits."""
+    return quantization == "fp8" and projection != "logits"
+
+
 def candidates(
-    forms: Iterable[GemmForm], config: ModelConfig, kind: SegmentKind, projection: Projection, num_tokens: int
+    forms: Iterable[GemmForm],
+    config: ModelConfig,
+    kind: SegmentKind,
+    projection: Projection,
+    num_tokens: int,
+    quantization: Quantization = "none",
 ) -> list[GemmForm]:
     """The forms that can compute a projection for this many tokens."""
     shape = projections(config, kind)[projection]
@@ -111,6 +125,7 @@ def candidates(
         form
         for form in forms
         if form.role in roles
+        and form.is_fp8 == is_quantized(projection, quantization)
         and (form.function == "gemv") == fused
         and shape.k % (form.bk * form.num_parts) == 0
         and _suits(form, num_tokens)
@@ -119,11 +134,24 @@ def candidates(
 
 def first_guess(found: list[GemmForm], projection: Projection, num_tokens: int) -> GemmForm | None:
     """A good form without timing any; None if there are none."""
-    for ending in _preferences(projection, num_tokens):
+    if any(form.is_fp8 for form in found):
+        for ending in _preferences(_FP8_PREFERENCES, projection, num_tokens):
+            for form in found:
+                if form.name.endswith(ending):
+                    return form
+    for ending in _preferences(_PREFERENCES, projection, num_tokens):
         for form in found:
-            if form.name.endswith(ending):
+            if _as_bfloat16(form).endswith(ending):
                 return form
     return found[0] if found else None
+
+
+def _as_bfloat16(form: GemmForm) -> str:
+    """The name of the form that reads as many bytes at a time of 16-bit weights."""
+    if not form.is_fp8:
+        return form.name
+    name = form.name.replace(f"{form.function}8_", f"{form.function}_")
+    return name.replace(f"{form.bm}x{form.bn}x{form.bk}x", f"{form.bm}x{form.bn}x{form.bk // 2}x")
 
 
 def _roles(config: ModelConfig, projection: Projection) -> tuple[str, ...]:
@@ -194,7 +222,7 @@ _PREFERENCES: Mapping[Projection, _Ranges] = {
         _GEMV,
         (16, ("_16x32x256x3x4", "_16x32x128x5x4", "_16x64x64x5x8")),
         (32, ("_32x64x128x4x8", "_32x64x64x6x4")),
-        (64, ("skinny_silu_64x64x64x6x4", "skinny_gelu_64x64x64x6x4")),
+        (64, ("skinny_silu_64x128x64x4x8", "skinny_gelu_64x128x64x4x8", "_64x64x64x6x4")),
         (128, ("_128x128x64x4x8_persistent", "_128x128x64x3x8")),
         (256, ("_128x128x64x4x8", "_128x128x64x3x8")),
         (512, ("_128x128x64x4x8_persistent", "_128x128x64x3x8")),
@@ -211,5 +239,29 @@ _PREFERENCES: Mapping[Projection, _Ranges] = {
 }
 
 
-def _preferences(projection: Projection, num_tokens: int) -> tuple[str, ...]:
-    return next(names for limit, names in _PREFERENCES[projection] if num_tokens <= limit)
+# Where E4M3 differs.
+_FP8_WRITES_HIDDEN: _Ranges = (
+    (32, ()),
+    (64, ("tiled8_parts2_64x64x256x4x4",)),
+    (128, ("tiled8_parts2_64x64x128x6x4",)),
+    (_ANY, ()),
+)
+_FP8_PREFERENCES: Mapping[Projection, _Ranges] = {
+    "attention_output": ((1, ("8x1024x3x4",)), *_FP8_WRITES_HIDDEN),
+    "mlp_output": ((1, ("8x512x4x2",)), *_FP8_WRITES_HIDDEN),
+    "qkv": ((1, ("8x512x4x2",)), (32, ()), (64, ("plain_64x64x128x8x4",)), (_ANY, ())),
+    "gate_up": (
+        (1, ("16x128x4x4",)),
+        (16, ("_16x64x128x5x8",)),
+        (32, ("_32x128x128x4x8",)),
+        (64, ()),
+        (_ANY, ("_128x64x128x3x4",)),
+    ),
+    "logits": ((_ANY, ()),),
+}
+
+
+def _preferences(
+    table: Mapping[Projection, _Ranges], projection: Projection, num_tokens: int
+) -> tuple[str, ...]:
+    return next(names for limit, names in table[projection] if num_tokens <= limit)

@@ -6,6 +6,9 @@ For many tokens, and whenever norms follow the blocks:
 
 For one token, matrix products normalize what they read and add the residual to what they write, so there are
 four launches. ``finish_heads`` follows qkv where there are partial sums, biases or norms of heads.
+
+With fp8, products read E4M3: ``add_norm`` writes it, ``quantize_rows`` makes it of attention and activations.
+For one token, only the weights are E4M3.
 """
 
 from __future__ import annotations
@@ -17,10 +20,12 @@ from engine_runtime.cuda import Stream
 from engine_runtime.executors.tensorrt_kernel_forms import (
     GemmForm,
     Projection,
+    Quantization,
     candidates,
     first_guess,
     is_computable,
     is_fused,
+    is_quantized,
     parse_forms,
     projections,
 )
@@ -39,6 +44,8 @@ class UnsupportedSegmentError(Exception):
 class KernelSegment:
     """A bfloat16 segment for one token count; implements ``DeviceSegment``.
 
+    With fp8, ``bind`` also wants the address of each quantized weight's factors, as NAME_scale.
+
     Attributes:
         num_tokens: rows of all inputs and outputs.
         workspace_bytes: for intermediate results.
@@ -53,6 +60,7 @@ class KernelSegment:
         library: KernelLibrary,
         num_multiprocessors: int,
         choice: Mapping[Projection, str] | None = None,
+        quantization: Quantization = "none",
     ) -> None:
         """
         Args:
@@ -67,13 +75,14 @@ class KernelSegment:
         self.num_tokens = num_tokens
         self.config = config
         self.kind: SegmentKind = kind
+        self.quantization: Quantization = quantization
         self._library = library
         self._num_multiprocessors = num_multiprocessors
         self._is_fused = is_fused(config, kind, num_tokens)
         known = parse_forms(library.names)
         self.forms: dict[Projection, GemmForm] = {}
         for projection in projections(config, kind):
-            found = candidates(known, config, kind, projection, num_tokens)
+            found = candidates(known, config, kind, projection, num_tokens, quantization)
             wanted = (choice or {}).get(projection)
             form = next((form for form in found if form.name == wanted), None)
             form = form or first_guess(found, projection, num_tokens)
@@ -112,6 +121,9 @@ class KernelSegment:
                 if name in ("attention_output", "mlp_output", "qkv") or self.kind == "last"
             )
             sizes["last_residual"] = 2 * config.hidden_size if self.kind == "last" else 0
+            if self.quantization == "fp8":
+                sizes["quantized"] = max(config.q_size, config.intermediate_size, config.hidden_size)
+                sizes["token_scales"] = 4
         elif self.kind == "last":
             sizes["last_residual"] = 2 * config.hidden_size
         end = 0
@@ -125,9 +137,22 @@ class KernelSegment:
         return self._workspace + self._offsets[name]
 
     def gemm(
-        self, projection: Projection, x: int, w: int, out: int, *, norm_weight: int = 0, addend: int = 0
+        self,
+        projection: Projection,
+        x: int,
+        weight: tuple[int, int],
+        out: int,
+        *,
+        norm_weight: int = 0,
+        addend: int = 0,
     ) -> Launch:
-        """The matrix product of a projection at device addresses."""
+        """The matrix product of a projection at device addresses.
+
+        Args:
+            weight: and its factors.
+        """
+        w, w_scale = weight
+        x_scale = self.buffer("token_scales") if "token_scales" in self._offsets else x
         form = self.forms[projection]
         kernel = self._library.get(form.name)
         shape = projections(self.config, self.kind)[projection]
@@ -136,23 +161,28 @@ class KernelSegment:
         if form.function == "gemv":
             epsilon = self.config.rms_norm_eps
             # Addresses that a form does not read must be valid nonetheless; x is.
-            args: tuple[Any, ...] = (x, w, x, norm_weight or x, addend or x, out, n, k, epsilon)
+            args: tuple[Any, ...] = (x, w, w_scale, norm_weight or x, addend or x, out, n, k, epsilon)
             return kernel, (columns, 1, 1), args
         if form.function == "skinny":
-            return kernel, (columns, form.num_parts, 1), (x, x, w, x, out, tokens, n, k)
+            return kernel, (columns, form.num_parts, 1), (x, x_scale, w, w_scale, out, tokens, n, k)
         rows = 2 * n if projection == "gate_up" else n
         programs = -(-tokens // form.bm) * columns * form.num_parts
         if form.is_persistent:
             programs = min(programs, self._num_multiprocessors)
         x_map = kernel.tensor_map("x", x, (tokens, k), (k, 1))
         w_map = kernel.tensor_map("w", w, (rows, k), (k, 1))
-        return kernel, (programs, 1, 1), (*x_map, x, *w_map, x, out, tokens, n, k)
+        return kernel, (programs, 1, 1), (*x_map, x_scale, *w_map, w_scale, out, tokens, n, k)
+
+    def quantize(self, x: int, size: int) -> Launch:
+        """Rows of ``size`` columns at ``x`` to ``quantized``."""
+        args = x, self.buffer("quantized"), self.buffer("token_scales"), size
+        return self._library.get("quantize_rows"), (self.num_tokens, 1, 1), args
 
     def row_kernel(self, name: str, form: GemmForm | None, is_weight_float32: bool, size: int) -> Kernel:
         """``add_norm`` or ``finish_heads`` for the types and the width at hand."""
         y = "fp32" if form is not None and form.writes_float32 else "bf16"
         weight = "fp32" if is_weight_float32 else "bf16"
-        least = 1024 if name == "add_norm" else 32
+        least = 1024 if name.startswith("add_norm") else 32
         return self._library.get(f"{name}_{y}_{weight}_{max(least, 1 << (size - 1).bit_length())}")
 
 
@@ -176,6 +206,7 @@ class _Binding:
         self._at = addresses
         self._has_post_norms = segment.config.architecture == "gemma3"
         self._is_last = segment.kind == "last"
+        self._is_fp8 = segment.quantization == "fp8"
 
     def fused(self) -> dict[str, list[Launch]]:
         """For one token: four products and nothing in between."""
@@ -188,23 +219,25 @@ class _Binding:
                 gemm(
                     "attention_output",
                     at["attention"],
-                    at["layer.self_attn.o_proj.weight"],
+                    self._weight("layer.self_attn.o_proj"),
                     middle,
                     addend=at["residual"],
                 )
             ],
             "gate_up": [
-                gemm("gate_up", middle, at["layer.mlp.gate_up_proj.weight"], gated, norm_weight=norm)
+                gemm("gate_up", middle, self._weight("layer.mlp.gate_up_proj"), gated, norm_weight=norm)
             ],
-            "mlp_output": [gemm("mlp_output", gated, at["layer.mlp.down_proj.weight"], end, addend=middle)],
+            "mlp_output": [
+                gemm("mlp_output", gated, self._weight("layer.mlp.down_proj"), end, addend=middle)
+            ],
         }
         if self._is_last:
             norm = at["norm.weight"]
-            parts["logits"] = [gemm("logits", end, at["lm_head.weight"], at["logits"], norm_weight=norm)]
+            parts["logits"] = [gemm("logits", end, self._weight("lm_head"), at["logits"], norm_weight=norm)]
             return parts
         norm = at["next_layer.input_layernorm.weight"]
         bias = at.get("next_layer.self_attn.qkv_proj.bias", 0)
-        weight = at["next_layer.self_attn.qkv_proj.weight"]
+        weight = self._weight("next_layer.self_attn.qkv_proj")
         parts["qkv"] = [gemm("qkv", end, weight, at["qkv"], norm_weight=norm, addend=bias)]
         if self._has_head_norms:
             parts["qkv"].append(self._finish_heads(at["qkv"], has_bias=False))
@@ -215,8 +248,9 @@ class _Binding:
         at, segment = self._at, self._segment
         parts: dict[str, list[Launch]] = {}
         norm = at["norm.weight" if self._is_last else "next_layer.input_layernorm.weight"]
+        following: Projection = "logits" if self._is_last else "qkv"
         if segment.kind == "first":
-            parts["norm"] = [self._add_norm(None, at["hidden"], norm, 0, at["residual_out"])]
+            parts["norm"] = [self._add_norm(None, following, at["hidden"], norm, 0, at["residual_out"])]
         else:
             middle, gated, sums = (segment.buffer(name) for name in ("middle_residual", "gated", "sums"))
             end = segment.buffer("last_residual") if self._is_last else at["residual_out"]
@@ -224,26 +258,49 @@ class _Binding:
             before = "layer.pre_feedforward_layernorm.weight" if self._has_post_norms else after
             post_attention = at[after] if self._has_post_norms else 0
             post_mlp = at["layer.post_feedforward_layernorm.weight"] if self._has_post_norms else 0
-            weight = at["layer.self_attn.o_proj.weight"]
+            weight = self._weight("layer.self_attn.o_proj")
             parts["attention_output"] = [
-                segment.gemm("attention_output", at["attention"], weight, sums),
-                self._add_norm("attention_output", at["residual"], at[before], post_attention, middle),
+                *self._product("attention_output", at["attention"], self._config.q_size, weight, sums),
+                self._add_norm(
+                    "attention_output", "gate_up", at["residual"], at[before], post_attention, middle
+                ),
             ]
-            weight = at["layer.mlp.gate_up_proj.weight"]
-            parts["gate_up"] = [segment.gemm("gate_up", segment.buffer("normed"), weight, gated)]
+            weight = self._weight("layer.mlp.gate_up_proj")
+            parts["gate_up"] = [segment.gemm("gate_up", self._normed("gate_up"), weight, gated)]
+            weight = self._weight("layer.mlp.down_proj")
             parts["mlp_output"] = [
-                segment.gemm("mlp_output", gated, at["layer.mlp.down_proj.weight"], sums),
-                self._add_norm("mlp_output", middle, norm, post_mlp, end),
+                *self._product("mlp_output", gated, self._config.intermediate_size, weight, sums),
+                self._add_norm("mlp_output", following, middle, norm, post_mlp, end),
             ]
-        normed = segment.buffer("normed")
         if self._is_last:
-            parts["logits"] = [segment.gemm("logits", normed, at["lm_head.weight"], at["logits"])]
+            weight = self._weight("lm_head")
+            parts["logits"] = [segment.gemm("logits", self._normed("logits"), weight, at["logits"])]
         else:
-            parts["qkv"] = self._qkv(normed)
+            parts["qkv"] = self._qkv()
         return parts
 
-    def _qkv(self, normed: int) -> list[Launch]:
-        weight = self._at["next_layer.self_attn.qkv_proj.weight"]
+    def _weight(self, path: str) -> tuple[int, int]:
+        """Addresses of a weight and of its factors, which not all have."""
+        address = self._at[f"{path}.weight"]
+        return address, self._at.get(f"{path}.weight_scale", address)
+
+    def _normed(self, reader: Projection) -> int:
+        """What ``add_norm`` writes for a projection."""
+        is_fp8 = is_quantized(reader, self._segment.quantization)
+        return self._segment.buffer("quantized" if is_fp8 else "normed")
+
+    def _product(
+        self, projection: Projection, x: int, size: int, weight: tuple[int, int], out: int
+    ) -> list[Launch]:
+        """A product of 16-bit rows, quantized first if need be."""
+        segment = self._segment
+        if not self._is_fp8:
+            return [segment.gemm(projection, x, weight, out)]
+        product = segment.gemm(projection, segment.buffer("quantized"), weight, out)
+        return [segment.quantize(x, size), product]
+
+    def _qkv(self) -> list[Launch]:
+        weight, normed = self._weight("next_layer.self_attn.qkv_proj"), self._normed("qkv")
         form = self._segment.forms["qkv"]
         if not (form.num_parts > 1 or self._has_head_norms or self._config.has_qkv_bias):
             return [self._segment.gemm("qkv", normed, weight, self._at["qkv"])]
@@ -256,17 +313,25 @@ class _Binding:
         return "next_layer.self_attn.q_norm.weight" in self._at
 
     def _add_norm(
-        self, source: Projection | None, residual: int, weight: int, post_weight: int, residual_out: int
+        self,
+        source: Projection | None,
+        reader: Projection,
+        residual: int,
+        weight: int,
+        post_weight: int,
+        residual_out: int,
     ) -> Launch:
-        """After ``source``, whose result lies in ``sums``; None: normalizes only."""
+        """After ``source``, whose result lies in ``sums`` (None: normalizes only), before ``reader``."""
         segment = self._segment
         hidden, tokens = self._config.hidden_size, segment.num_tokens
         form = None if source is None else segment.forms[source]
-        kernel = segment.row_kernel("add_norm", form, self._has_post_norms, hidden)
-        normed = segment.buffer("normed")
+        is_fp8 = is_quantized(reader, segment.quantization)
+        name = "add_norm8" if is_fp8 else "add_norm"
+        kernel = segment.row_kernel(name, form, self._has_post_norms, hidden)
         sums = residual if form is None else segment.buffer("sums")
+        scales = segment.buffer("token_scales") if is_fp8 else residual_out
         return kernel, (tokens, 1, 1), (
-            sums, residual, post_weight or weight, weight, residual_out, normed,
+            sums, residual, post_weight or weight, weight, residual_out, self._normed(reader), scales,
             0 if form is None else form.num_parts, int(post_weight != 0), tokens, hidden,
             self._config.rms_norm_eps,
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -20,6 +21,7 @@ from engine_runtime.executors.tensorrt_cache import (
 )
 from engine_runtime.executors.tensorrt_kernel_forms import (
     Projection,
+    Quantization,
     candidates,
     is_computable,
     parse_forms,
@@ -30,6 +32,7 @@ from engine_runtime.executors.tensorrt_kernel_segment import (
     KernelSegment,
     UnsupportedSegmentError,
 )
+from engine_runtime.executors.tensorrt_library import TensorRTError, tensorrt_version
 from engine_runtime.executors.tensorrt_segment import BoundSegment, DeviceSegment, TrtSegment
 from engine_runtime.executors.trt_builder import TrtBuilder
 from engine_runtime.kernels.kernel_library import KernelLibrary
@@ -40,6 +43,7 @@ from engine_runtime.models.segment import DType, Segment, SegmentKind
 _logger = logging.getLogger(__name__)
 _REPLAYS = 3
 _LEAST_RUNS = 4
+_TURNS = 3
 
 Formulation = Literal["kernels", "tensorrt"]
 
@@ -55,13 +59,13 @@ class Tactic:
 
     formulation: Formulation
     kernels: Mapping[Projection, str] = field(default_factory=dict)
-    microseconds: Mapping[str, float] = field(default_factory=dict)
+    microseconds: Mapping[Formulation, float] = field(default_factory=dict)
 
 
 class SegmentFactory:
     """Makes segments for one model on one GPU.
 
-    Called by the thread that opened the device.
+    Called by the thread that opened the device, except ``prepare``.
     """
 
     def __init__(
@@ -72,10 +76,12 @@ class SegmentFactory:
         library: KernelLibrary | None,
         *,
         dtype: DType = "bfloat16",
+        quantization: Quantization = "none",
         only: Formulation | None = None,
     ) -> None:
         """
         Args:
+            quantization: of the weights; ``fp8`` needs kernels.
             library: our compiled kernels, if there are any for this GPU.
             only: the formulation to use where it can be used, without asking for the fastest.
         """
@@ -83,8 +89,10 @@ class SegmentFactory:
         self._device = device
         self._cache = cache
         self._dtype: DType = dtype
+        self._quantization: Quantization = quantization
         self._only = only
         self._builder: TrtBuilder | None = None
+        self._builder_lock = threading.Lock()
         can_use_kernels = dtype == "bfloat16" and only != "tensorrt" and is_computable(config)
         self._library = library if can_use_kernels else None
         names = "\n".join(sorted(library.names)) if library is not None else ""
@@ -99,14 +107,29 @@ class SegmentFactory:
 
         Raises:
             TensorRTError: TensorRT is needed and cannot compute it.
+            UnsupportedSegmentError: the weights are quantized and no kernel computes it.
         """
         tactic = tactic or self.known_tactic(kind, num_tokens) or self._guess()
         if tactic.formulation == "kernels":
             try:
                 return self._kernel_segment(kind, num_tokens, tactic.kernels)
             except UnsupportedSegmentError as error:
+                if self._quantization != "none":
+                    raise
                 _logger.info("TensorRT computes %s segments of %d tokens: %s", kind, num_tokens, error)
         return self._trt_segment(kind, num_tokens)
+
+    def prepare(self, kind: SegmentKind, num_tokens: int) -> None:
+        """Builds the engine that ``make`` would build, if any, into the cache.
+
+        May be called by another thread, which leaves Python to the others while it builds.
+
+        Raises:
+            TensorRTError: it cannot be built.
+        """
+        tactic = self.known_tactic(kind, num_tokens) or self._guess()
+        if tactic.formulation == "tensorrt":
+            self._trt_engine(kind, num_tokens)
 
     def known_tactic(self, kind: SegmentKind, num_tokens: int) -> Tactic | None:
         """What ``tune`` found for this shape, now or at an earlier start."""
@@ -137,27 +160,26 @@ class SegmentFactory:
         Raises:
             TensorRTError: TensorRT is needed and cannot compute it.
         """
-        microseconds: dict[str, float] = {}
         kernels: dict[Projection, str] = {}
+        segments: dict[Formulation, DeviceSegment] = {}
         try:
             kernels = self._tune_kernels(kind, num_tokens, layers, workspace, stream)
-            segment = self._kernel_segment(kind, num_tokens, kernels)
-            microseconds["kernels"] = _time_segment(segment, layers, workspace, stream)
+            segments["kernels"] = self._kernel_segment(kind, num_tokens, kernels)
         except UnsupportedSegmentError:
+            if self._quantization != "none":
+                raise
             with_tensorrt = True
-        if with_tensorrt:
-            trt_segment = self._trt_segment(kind, num_tokens)
-            microseconds["tensorrt"] = _time_segment(trt_segment, layers, workspace, stream)
-        fastest: Formulation = (
-            "kernels" if microseconds.get("kernels", 1e9) <= microseconds.get("tensorrt", 1e9) else "tensorrt"
-        )
-        tactic = Tactic(fastest, kernels, microseconds)
+        if with_tensorrt and self._quantization == "none":
+            segments["tensorrt"] = self._trt_segment(kind, num_tokens)
+        microseconds = _time_in_turns(segments, layers, workspace, stream)
+        fastest = min(microseconds, key=lambda name: microseconds[name])
         entry = {"formulation": fastest, "kernels": kernels, "microseconds": microseconds}
         self._cache.store(self._tactic_key(kind, num_tokens), json.dumps(entry).encode())
-        return tactic
+        return Tactic(fastest, kernels, microseconds)
 
     def _guess(self) -> Tactic:
-        return Tactic("kernels" if self._library is not None else "tensorrt")
+        has_kernels = self._library is not None or self._quantization != "none"
+        return Tactic("kernels" if has_kernels else "tensorrt")
 
     def _kernel_segment(
         self, kind: SegmentKind, num_tokens: int, choice: Mapping[Projection, str]
@@ -165,20 +187,25 @@ class SegmentFactory:
         if self._library is None:
             raise UnsupportedSegmentError("there are no kernels for this GPU, model or type")
         num_multiprocessors = self._device.properties.num_multiprocessors
-        return KernelSegment(self._config, kind, num_tokens, self._library, num_multiprocessors, choice)
+        return KernelSegment(
+            self._config, kind, num_tokens, self._library, num_multiprocessors, choice, self._quantization
+        )
 
     def _trt_segment(self, kind: SegmentKind, num_tokens: int) -> TrtSegment:
-        segment = self._segment(kind, num_tokens)
-        key = segment_key(segment, self._target)
-        if self._builder is None:
-            self._builder = TrtBuilder()
-        trt_engine = self._cache.engine(key, lambda: segment, self._builder)
+        trt_engine, key = self._trt_engine(kind, num_tokens)
         compiled_key = compiled_kernels_key(key, self._device.properties.name)
         compiled = self._cache.load(compiled_key)
         made = TrtSegment(trt_engine, num_tokens, compiled)
         if not made.had_compiled_kernels and (compiled := made.compiled_kernels()) is not None:
             self._cache.store(compiled_key, compiled)
         return made
+
+    def _trt_engine(self, kind: SegmentKind, num_tokens: int) -> tuple[bytes, CacheKey]:
+        segment = self._segment(kind, num_tokens)
+        key = segment_key(segment, self._target)
+        with self._builder_lock:
+            self._builder = self._builder or TrtBuilder()
+        return self._cache.engine(key, lambda: segment, self._builder), key
 
     def _tune_kernels(
         self,
@@ -194,7 +221,7 @@ class SegmentFactory:
         chosen: dict[Projection, str] = {}
         for projection in projections(self._config, kind):
             times = {}
-            for form in candidates(known, self._config, kind, projection, num_tokens):
+            for form in candidates(known, self._config, kind, projection, num_tokens, self._quantization):
                 segment = self._kernel_segment(kind, num_tokens, {**chosen, projection: form.name})
                 if segment.workspace_bytes > workspace[1]:
                     continue
@@ -209,8 +236,17 @@ class SegmentFactory:
         return build_segment(self._config, kind, self._dtype, num_tokens)
 
     def _tactic_key(self, kind: SegmentKind, num_tokens: int) -> CacheKey:
-        key = segment_key(self._segment(kind, num_tokens), f"{self._target} {self._device.properties.name}")
-        return replace(key, content="tactics", library=f"{key.library}, kernels {self._library_id}")
+        try:
+            version = tensorrt_version()
+        except TensorRTError:
+            version = "no TensorRT"
+        key = segment_key(
+            self._segment(kind, num_tokens),
+            f"{self._target} {self._device.properties.name}",
+            quantization=self._quantization,
+            library=f"{version}, kernels {self._library_id}",
+        )
+        return replace(key, content="tactics")
 
 
 def measure(runs: Sequence[BoundSegment], stream: Stream) -> float:
@@ -245,11 +281,22 @@ def _destroy(replay: Any, graph: Any, *events: Event) -> None:
         event.close()
 
 
-def _time_segment(
-    segment: DeviceSegment, layers: Sequence[Mapping[str, int]], workspace: tuple[int, int], stream: Stream
-) -> float:
-    address, size = workspace
-    if segment.workspace_bytes > size:
-        return float("inf")
-    segment.use_workspace(address)
-    return measure([segment.bind(layer) for layer in layers], stream)
+def _time_in_turns(
+    segments: Mapping[Formulation, DeviceSegment],
+    layers: Sequence[Mapping[str, int]],
+    workspace: tuple[int, int],
+    stream: Stream,
+) -> dict[Formulation, float]:
+    """Microseconds of each; in turns, since a GPU that is warm is slower than one that was idle."""
+    bound: dict[Formulation, list[BoundSegment]] = {}
+    for name, segment in segments.items():
+        if segment.workspace_bytes <= workspace[1]:
+            segment.use_workspace(workspace[0])
+            bound[name] = [segment.bind(layer) for layer in layers]
+    if not bound:
+        raise ValueError(f"no way to compute a segment fits into {workspace[1]} bytes of workspace")
+    times: dict[Formulation, list[float]] = {name: [] for name in bound}
+    for _ in range(_TURNS):
+        for name, runs in bound.items():
+            times[name].append(measure(runs, stream))
+    return {name: sorted(found)[_TURNS // 2] for name, found in times.items()}

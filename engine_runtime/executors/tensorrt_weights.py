@@ -1,7 +1,8 @@
 """A model's weights in device memory, in the form that the segments want.
 
 One allocation, whose size is known before anything is read. Merged projections (qkv, gate_up) are written
-side by side in place, so nothing is concatenated on the host.
+side by side in place, so nothing is concatenated on the host. With fp8, projections are rounded on the
+device: each row of W is E4M3 times a float32 factor.
 """
 
 from __future__ import annotations
@@ -19,6 +20,8 @@ import numpy.typing as npt
 from cuda.bindings import driver
 
 from engine_runtime.cuda import DeviceBuffer, Event, PinnedBuffer, Stream, checked
+from engine_runtime.executors.tensorrt_kernel_forms import Quantization
+from engine_runtime.kernels.kernel_library import Kernel, KernelLibrary, KernelsMissingError
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import DType, WeightInput
@@ -46,17 +49,22 @@ class StoredTensor:
 
     Attributes:
         name: in the checkpoint.
+        dtype: of the values before they are quantized, if they are.
         offset: bytes from the start of the allocation.
+        scale_offset: of the rows' factors; None if the tensor is not quantized.
     """
 
     name: str
     shape: tuple[int, ...]
     dtype: DType
     offset: int
+    scale_offset: int | None = None
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * _NUMPY_TYPES[self.dtype].itemsize
+        """Without the factors."""
+        item = 1 if self.scale_offset is not None else _NUMPY_TYPES[self.dtype].itemsize
+        return math.prod(self.shape) * item
 
 
 class WeightPlan:
@@ -68,13 +76,17 @@ class WeightPlan:
         num_bytes: of the allocation.
     """
 
-    def __init__(self, config: ModelConfig, dtype: DType = "bfloat16") -> None:
+    def __init__(
+        self, config: ModelConfig, dtype: DType = "bfloat16", quantization: Quantization = "none"
+    ) -> None:
         self.dtype: DType = dtype
+        self.quantization: Quantization = quantization
         self._num_layers = config.num_hidden_layers
         self._segments = {
             kind: build_segment(config, kind, dtype).weights for kind in ("first", "middle", "last")
         }
         self._offsets: dict[tuple[str, ...], int] = {}
+        self._scale_offsets: dict[tuple[str, ...], int] = {}
         self._is_tied = config.tie_word_embeddings
         self.num_bytes = 0
         self.tensors: list[StoredTensor] = []
@@ -89,15 +101,18 @@ class WeightPlan:
         return self._offsets[(EMBEDDING,)]
 
     def offsets(self, layer: int) -> dict[str, int]:
-        """Offsets of a segment's weights by tensor name.
+        """Offsets of a segment's weights by tensor name, and of the factors of quantized ones as NAME_scale.
 
         Args:
             layer: whose attention comes before the segment; -1 for the first one.
         """
-        return {
-            weight.name: self._offsets[self._sources(weight, **_layers(layer))]
-            for weight in self._weights(layer)
-        }
+        found = {}
+        for weight in self._weights(layer):
+            sources = self._sources(weight, **_layers(layer))
+            found[weight.name] = self._offsets[sources]
+            if sources in self._scale_offsets:
+                found[f"{weight.name}_scale"] = self._scale_offsets[sources]
+        return found
 
     def _weights(self, layer: int) -> tuple[WeightInput, ...]:
         is_last = layer == self._num_layers - 1
@@ -112,23 +127,28 @@ class WeightPlan:
             sources = self._sources(weight, **layers)
             if sources in self._offsets:
                 continue
-            offset = -(-self.num_bytes // _ALIGNMENT) * _ALIGNMENT
-            self._offsets[sources] = offset
+            is_quantized = self.quantization == "fp8" and weight.name.endswith("_proj.weight")
+            offset = self._offsets[sources] = _aligned(self.num_bytes)
+            scale_offset = None
+            if is_quantized:
+                scale_offset = self._scale_offsets[sources] = _aligned(offset + math.prod(weight.shape))
             for name in sources:
                 rows = _rows(config, name) if len(sources) > 1 else weight.shape[0]
-                tensor = StoredTensor(name, (rows, *weight.shape[1:]), weight.dtype, offset)
+                shape = (rows, *weight.shape[1:])
+                tensor = StoredTensor(name, shape, weight.dtype, offset, scale_offset)
                 self.tensors.append(tensor)
                 offset += tensor.num_bytes
-            self.num_bytes = offset
+                scale_offset = None if scale_offset is None else scale_offset + 4 * rows
+            self.num_bytes = offset if scale_offset is None else scale_offset
 
 
 class WeightTarget(Protocol):
-    """Takes the bytes of weights."""
+    """Takes the values of weights."""
 
-    def write(self, offset: int, values: Array, dtype: np.dtype[Any]) -> None:
-        """Stores flat ``values``, rounded to ``dtype``, from byte ``offset`` on.
+    def write(self, tensor: StoredTensor, values: Array) -> None:
+        """Stores ``values`` [rows, columns] or [size] in the form and at the place that ``tensor`` says.
 
-        ``values`` may be freed once this has returned, even if the copy goes on.
+        ``values`` may be freed once this has returned, even if copying goes on.
         """
         ...
 
@@ -149,7 +169,7 @@ def load_weights(
         for tensor, values in zip(plan.tensors, _read_ahead(pool, plan, checkpoint), strict=True):
             if values.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} has shape {values.shape}, planned was {tensor.shape}")
-            target.write(tensor.offset, values.reshape(-1), _NUMPY_TYPES[tensor.dtype])
+            target.write(tensor, values)
             done += tensor.num_bytes
             if progress is not None:
                 progress(done, total)
@@ -167,45 +187,86 @@ def _read_ahead(pool: ThreadPoolExecutor, plan: WeightPlan, checkpoint: Checkpoi
 
 
 class PinnedUpload:
-    """Writes to device memory through two page-locked buffers: one is filled while the other is copied."""
+    """Writes to device memory through two page-locked buffers: one is filled while the other is copied.
 
-    def __init__(self, address: int, stream: Stream, staging_bytes: int = _STAGING_BYTES) -> None:
+    What is to be quantized goes to one of two device buffers of the same size, and from there by a kernel.
+    """
+
+    def __init__(
+        self,
+        address: int,
+        stream: Stream,
+        quantize: Kernel | None = None,
+        staging_bytes: int = _STAGING_BYTES,
+    ) -> None:
         """
         Args:
             address: device memory that offsets count from.
+            quantize: the kernel ``quantize_rows``; needed for tensors that are quantized.
+            staging_bytes: of each buffer; at least a row of any tensor.
 
         Raises:
-            CudaError: the host memory cannot be locked.
+            CudaError: the host memory cannot be locked, or there is no device memory left.
         """
         self._address = address
         self._stream = stream
+        self._quantize = quantize
         self._buffers = [PinnedBuffer(staging_bytes) for _ in range(2)]
+        self._unquantized = [DeviceBuffer(staging_bytes) for _ in range(2)] if quantize is not None else []
         self._copied = [Event(), Event()]
         self._turn = 0
         self._pool = ThreadPoolExecutor(_COPY_THREADS, "copy-weights")
 
-    def write(self, offset: int, values: Array, dtype: np.dtype[Any]) -> None:
-        step = self._buffers[0].array.nbytes // dtype.itemsize
-        for start in range(0, len(values), step):
-            piece = values[start : start + step]
+    def write(self, tensor: StoredTensor, values: Array) -> None:
+        dtype = _NUMPY_TYPES[tensor.dtype]
+        columns = math.prod(tensor.shape[1:])
+        rows = values.reshape(tensor.shape[0], columns)
+        step = self._buffers[0].array.nbytes // (columns * dtype.itemsize)
+        for start in range(0, len(rows), step):
+            piece = rows[start : start + step].reshape(-1)
             num_bytes = len(piece) * dtype.itemsize
             buffer, copied = self._buffers[self._turn], self._copied[self._turn]
-            self._turn = 1 - self._turn
             copied.synchronize()
-            staged = buffer.array[:num_bytes].view(dtype)
-            convert(piece, staged, self._pool)
-            self._stream.copy_to_device(
-                self._address + offset + start * dtype.itemsize, buffer.address, num_bytes
-            )
+            convert(piece, buffer.array[:num_bytes].view(dtype), self._pool)
+            if tensor.scale_offset is None:
+                destination = self._address + tensor.offset + start * columns * dtype.itemsize
+                self._stream.copy_to_device(destination, buffer.address, num_bytes)
+            else:
+                source = self._unquantized[self._turn].address
+                self._stream.copy_to_device(source, buffer.address, num_bytes)
+                num_rows = len(piece) // columns
+                _quantize(self._quantize, source, self._address, tensor, start, num_rows, self._stream)
             copied.record(self._stream)
+            self._turn = 1 - self._turn
 
     def close(self) -> None:
-        """Waits for all copies and gives the host memory back."""
+        """Waits for all copies and gives the memory back."""
         self._stream.synchronize()
         self._pool.shutdown()
-        for buffer, copied in zip(self._buffers, self._copied, strict=True):
-            buffer.free()
+        for pinned in self._buffers:
+            pinned.free()
+        for unquantized in self._unquantized:
+            unquantized.free()
+        for copied in self._copied:
             copied.close()
+
+
+def _quantize(
+    kernel: Kernel | None,
+    source: int,
+    address: int,
+    tensor: StoredTensor,
+    first_row: int,
+    num_rows: int,
+    stream: Stream,
+) -> None:
+    """Enqueues rounding of ``num_rows`` rows of 16-bit numbers at ``source``."""
+    if kernel is None or tensor.scale_offset is None:
+        raise ValueError(f"{tensor.name} is to be quantized, and there is no kernel for it")
+    columns = tensor.shape[1]
+    destination = address + tensor.offset + first_row * columns
+    scales = address + tensor.scale_offset + 4 * first_row
+    kernel.launch((num_rows, 1, 1), stream, source, destination, scales, columns)
 
 
 def convert(source: Array, destination: Array, pool: ThreadPoolExecutor) -> None:
@@ -247,25 +308,37 @@ class DeviceWeights:
         """Addresses of a segment's weights by tensor name; ``layer`` as in ``WeightPlan.offsets``."""
         return {name: self._buffer.address + offset for name, offset in self._plan.offsets(layer).items()}
 
-    def load(self, checkpoint: Checkpoint, stream: Stream, progress: Progress | None = None) -> None:
+    def load(
+        self,
+        checkpoint: Checkpoint,
+        stream: Stream,
+        progress: Progress | None = None,
+        library: KernelLibrary | None = None,
+    ) -> None:
         """Fills everything from a checkpoint and waits.
+
+        Args:
+            library: needed if the plan quantizes.
 
         Raises:
             CheckpointError: a tensor has a type that is not supported.
             CudaError: a copy failed.
+            KernelsMissingError: the GPU cannot quantize.
         """
-        upload = PinnedUpload(self._buffer.address, stream)
+        upload = PinnedUpload(self._buffer.address, stream, self._kernel(library))
         try:
             load_weights(self._plan, checkpoint, upload, progress)
         finally:
             upload.close()
 
-    def fill_randomly(self, seed: int = 0) -> None:
+    def fill_randomly(self, seed: int = 0, library: KernelLibrary | None = None) -> None:
         """Norms of 1, biases of 0 and matrices that keep the size of what they multiply, for benchmarks.
 
         Matrices repeat one block of values whose length is prime, so that rows differ.
         """
         rng = np.random.default_rng(seed)
+        kernel = self._kernel(library)
+        stream = Stream()
         blocks: dict[tuple[int, DType], DeviceBuffer] = {}
         for tensor in self._plan.tensors:
             address = self._buffer.address + tensor.offset
@@ -274,17 +347,40 @@ class DeviceWeights:
                 value = 1.0 if is_norm(tensor.name) else 0.0
                 _write(address, np.full(tensor.shape, value, dtype))
                 continue
-            key = tensor.shape[1], tensor.dtype
+            columns = tensor.shape[1]
+            key = columns, tensor.dtype
             if key not in blocks:
-                values = rng.standard_normal(16_777_213, dtype=np.float32) * tensor.shape[1] ** -0.5
+                values = rng.standard_normal(16_777_213, dtype=np.float32) * columns**-0.5
                 blocks[key] = DeviceBuffer.of(values.astype(dtype))
-            _repeat(blocks[key], address, tensor.num_bytes)
+            if tensor.scale_offset is None:
+                _repeat(blocks[key], address, tensor.num_bytes)
+                continue
+            step = blocks[key].num_bytes // (2 * columns)
+            for row in range(0, tensor.shape[0], step):
+                num_rows = min(step, tensor.shape[0] - row)
+                _quantize(kernel, blocks[key].address, self._buffer.address, tensor, row, num_rows, stream)
         checked(driver.cuCtxSynchronize())
+        stream.close()
         for block in blocks.values():
             block.free()
 
+    def _kernel(self, library: KernelLibrary | None) -> Kernel | None:
+        if self._plan.quantization == "none":
+            return None
+        if library is None:
+            raise KernelsMissingError("there are no kernels for this GPU, and fp8 needs them")
+        return library.get("quantize_rows")
+
+    def read(self, array: Array) -> None:
+        """Fills an array of ``num_bytes`` bytes with everything; for tests."""
+        self._buffer.read(array)
+
     def free(self) -> None:
         self._buffer.free()
+
+
+def _aligned(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _write(address: int, array: Array) -> None:

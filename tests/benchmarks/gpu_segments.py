@@ -27,6 +27,7 @@ from cuda.bindings import driver
 
 from engine_runtime.cuda import CudaDevice, DeviceBuffer, Event, Stream, checked
 from engine_runtime.executors.tensorrt_cache import EngineCache
+from engine_runtime.executors.tensorrt_kernel_forms import Quantization
 from engine_runtime.executors.tensorrt_library import tensorrt_version
 from engine_runtime.executors.tensorrt_segment import BoundSegment
 from engine_runtime.executors.tensorrt_tactics import SegmentFactory, Tactic
@@ -78,10 +79,10 @@ class Row:
     share_of_bandwidth: float
 
 
-def weight_bytes(config: ModelConfig) -> int:
-    """Of one segment between two attentions, bfloat16."""
-    hidden = config.hidden_size
-    return 2 * hidden * (config.q_size + 3 * config.intermediate_size + config.qkv_size)
+def weight_bytes(config: ModelConfig, quantization: Quantization) -> int:
+    """Of one segment between two attentions."""
+    hidden, item = config.hidden_size, 1 if quantization == "fp8" else 2
+    return item * hidden * (config.q_size + 3 * config.intermediate_size + config.qkv_size)
 
 
 def replay_time(runs: list[Callable[[], None]], stream: Stream) -> float:
@@ -127,12 +128,14 @@ def replay_graph(launch: Callable[[], None], stream: Stream) -> float:
 class Layers:
     """Several layers with random weights, enough to exceed the cache, and buffers for the most tokens."""
 
-    def __init__(self, name: str, max_tokens: int) -> None:
+    def __init__(
+        self, name: str, max_tokens: int, quantization: Quantization, library: KernelLibrary
+    ) -> None:
         probe = _config(*SHAPES[name], layers=1)
-        self.num_layers = max(3, -(-_LEAST_WEIGHT_BYTES // weight_bytes(probe)))
+        self.num_layers = max(3, -(-_LEAST_WEIGHT_BYTES // weight_bytes(probe, quantization)))
         self.config = _config(*SHAPES[name], layers=self.num_layers + 1)
-        self._weights = DeviceWeights(WeightPlan(self.config))
-        self._weights.fill_randomly()
+        self._weights = DeviceWeights(WeightPlan(self.config, quantization=quantization))
+        self._weights.fill_randomly(library=library)
         widths = {
             "attention": self.config.q_size,
             "residual": self.config.hidden_size,
@@ -164,19 +167,23 @@ def measure_shape(
 ) -> list[Row]:
     device, stream = CudaDevice(), Stream()
     library = KernelLibrary(device)
-    layers = Layers(name, max(tokens))
+    quantization: Quantization = arguments.quantization
+    layers = Layers(name, max(tokens), quantization, library)
     config = layers.config
     rows = []
     with tempfile.TemporaryDirectory() as folder:
         cache = EngineCache(Path(folder))
-        factory = SegmentFactory(config, device, cache, library)
+        factory = SegmentFactory(config, device, cache, library, quantization=quantization)
         for num_tokens in tokens:
             workspace = layers.workspace.address, layers.workspace.num_bytes
             start = time.perf_counter()
-            tactic = factory.tune("middle", num_tokens, layers.addresses(), workspace, stream)
+            tactic = factory.tune(
+                "middle", num_tokens, layers.addresses(), workspace, stream,
+                with_tensorrt=not arguments.no_tensorrt,
+            )  # fmt: skip
             seconds = time.perf_counter() - start
             times: dict[str, float] = {}
-            for formulation in ("kernels", "tensorrt"):
+            for formulation in tactic.microseconds:
                 segment = factory.make("middle", num_tokens, Tactic(formulation, tactic.kernels))
                 segment.use_workspace(layers.workspace.address)
                 runs = [_enqueue(segment.bind(at), stream) for at in layers.addresses()]
@@ -184,14 +191,16 @@ def measure_shape(
             torch_time = None
             if num_tokens in torch_tokens:
                 torch_time = time_torch(config, num_tokens, layers.num_layers)
-            num_bytes = weight_bytes(config)
-            floor = max(num_bytes / arguments.bandwidth, num_tokens * num_bytes / arguments.flops) * 1e6
+            num_bytes = weight_bytes(config, quantization)
+            operations = num_tokens * weight_bytes(config, "none")
+            flops = arguments.flops * (2 if quantization == "fp8" else 1)
+            floor = max(num_bytes / arguments.bandwidth, operations / flops) * 1e6
             ours = min(times.values())
             row = Row(
                 num_tokens,
                 tactic,
                 ours,
-                times["tensorrt"],
+                times.get("tensorrt"),
                 torch_time,
                 floor,
                 num_bytes / arguments.bandwidth * 1e6 / ours,
@@ -277,13 +286,16 @@ def main() -> int:
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--torch", action="store_true", help="compare with torch.compile, where installed")
     parser.add_argument("--torch-tokens", default="", help="only for these token counts")
+    parser.add_argument("--quantization", choices=("none", "fp8"), default="none")
+    parser.add_argument("--no-tensorrt", action="store_true", help="our kernels only")
     parser.add_argument("--bandwidth", type=float, default=4.3e12, help="bytes a second")
     parser.add_argument("--flops", type=float, default=790e12, help="bfloat16 operations a second")
     parser.add_argument("--json", type=Path, help="also write all figures to this file")
     parser.add_argument("--verbose", action="store_true", help="also print what was chosen")
     arguments = parser.parse_args()
     device = CudaDevice()
-    print(f"{device.properties.name}, driver {device.properties.driver_version}, {tensorrt_version()}")
+    library = "" if arguments.no_tensorrt else f", {tensorrt_version()}"
+    print(f"{device.properties.name}, driver {device.properties.driver_version}{library}")
     tokens = [int(count) for count in arguments.tokens.split(",")]
     torch_tokens = [int(count) for count in arguments.torch_tokens.split(",") if count] or tokens
     figures = {}

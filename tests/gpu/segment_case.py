@@ -47,6 +47,7 @@ class SegmentCase:
     """Inputs by tensor name, as the device gets them, and the outputs expected of exact arithmetic."""
 
     segment: Segment
+    exact: Segment
     inputs: dict[str, Array]
     expected: dict[str, Array]
 
@@ -93,7 +94,23 @@ def make_case(
     evaluator = ReferenceEvaluator(exact.model)
     names = [output.name for output in exact.model.graph.output]
     results = evaluator.run(None, {name: array.astype(np.float32) for name, array in inputs.items()})
-    return SegmentCase(segment, inputs, dict(zip(names, results, strict=True)))
+    return SegmentCase(segment, exact, inputs, dict(zip(names, results, strict=True)))
+
+
+def quantize_weights(case: SegmentCase) -> SegmentCase:
+    """The same with E4M3 projections, and what exact arithmetic makes of the rounded weights."""
+    inputs: dict[str, Array] = {}
+    rounded: dict[str, Array] = {}
+    for name, array in case.inputs.items():
+        inputs[name] = array
+        values = rounded[name] = array.astype(np.float32)
+        if name.endswith("_proj.weight"):
+            scales = np.abs(values).max(axis=1) / np.float32(448)
+            inputs[name] = (values / scales[:, None]).astype(ml_dtypes.float8_e4m3fn)
+            inputs[f"{name}_scale"] = scales.astype(np.float32)
+            rounded[name] = inputs[name].astype(np.float32) * scales[:, None]
+    results = ReferenceEvaluator(case.exact.model).run(None, rounded)
+    return SegmentCase(case.segment, case.exact, inputs, dict(zip(case.expected, results, strict=True)))
 
 
 def relative_errors(case: SegmentCase, results: Mapping[str, Array]) -> dict[str, float]:

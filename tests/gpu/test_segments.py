@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from tests.gpu.gpu_found import skip_without_gpu
@@ -13,17 +14,31 @@ pytestmark = skip_without_gpu
 
 from engine_runtime.cuda import CudaDevice, DeviceBuffer, Stream  # noqa: E402
 from engine_runtime.executors.tensorrt_cache import EngineCache  # noqa: E402
-from engine_runtime.executors.tensorrt_kernel_forms import candidates, parse_forms, projections  # noqa: E402
+from engine_runtime.executors.tensorrt_kernel_forms import (  # noqa: E402
+    Projection,
+    Quantization,
+    candidates,
+    parse_forms,
+    projections,
+)
 from engine_runtime.executors.tensorrt_kernel_segment import KernelSegment  # noqa: E402
 from engine_runtime.executors.tensorrt_segment import TrtSegment  # noqa: E402
 from engine_runtime.executors.tensorrt_tactics import SegmentFactory  # noqa: E402
+from engine_runtime.executors.tensorrt_weights import DeviceWeights, WeightPlan, load_weights  # noqa: E402
 from engine_runtime.executors.trt_builder import TrtBuilder  # noqa: E402
 from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError  # noqa: E402
 from engine_runtime.model_config import ModelConfig  # noqa: E402
 from engine_runtime.models.architectures import ARCHITECTURES  # noqa: E402
 from engine_runtime.models.segment import DType, SegmentKind  # noqa: E402
+from tests.engine_runtime.executors.test_trt_weights import ArraySource, ArrayTarget  # noqa: E402
 from tests.engine_runtime.tiny_configs import tiny_config  # noqa: E402
-from tests.gpu.segment_case import SegmentCase, llama_8b_config, make_case, relative_errors  # noqa: E402
+from tests.gpu.segment_case import (  # noqa: E402
+    SegmentCase,
+    llama_8b_config,
+    make_case,
+    quantize_weights,
+    relative_errors,
+)
 
 KINDS: tuple[SegmentKind, ...] = ("first", "middle", "last")
 
@@ -103,6 +118,19 @@ def test_kernels_compiled_before_are_used_again(stream: Stream, builder: TrtBuil
     case.run(damaged, stream)
 
 
+def kernel_segment(
+    config: ModelConfig,
+    kind: SegmentKind,
+    num_tokens: int,
+    device: CudaDevice,
+    library: KernelLibrary,
+    choice: Mapping[Projection, str] | None = None,
+    quantization: Quantization = "none",
+) -> KernelSegment:
+    multiprocessors = device.properties.num_multiprocessors
+    return KernelSegment(config, kind, num_tokens, library, multiprocessors, choice, quantization)
+
+
 def small_config(architecture: str, **changes: object) -> ModelConfig:
     """Dimensions that kernels take, not all of them multiples of their blocks."""
     sizes = {"hidden_size": 192, "intermediate_size": 320, "vocab_size": 400, "final_logit_softcap": None}
@@ -117,7 +145,7 @@ def test_kernels_compute_every_segment(
     config = small_config(architecture)
     for kind in KINDS:
         case = make_case(config, kind, num_tokens)
-        segment = KernelSegment(config, kind, num_tokens, library, device.properties.num_multiprocessors)
+        segment = kernel_segment(config, kind, num_tokens, device, library)
         errors = relative_errors(case, case.run(segment, stream))
         assert all(error < 1e-2 for error in errors.values()), (kind, errors)
 
@@ -128,9 +156,53 @@ def test_kernels_compute_a_layer_of_8b(
 ) -> None:
     config = llama_8b_config()
     case = make_case(config, "middle", num_tokens)
-    segment = KernelSegment(config, "middle", num_tokens, library, device.properties.num_multiprocessors)
+    segment = kernel_segment(config, "middle", num_tokens, device, library)
     errors = relative_errors(case, case.run(segment, stream))
     assert all(error < 1e-2 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("num_tokens", [1, 2, 24, 64, 65, 300, 1030])
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_fp8_kernels_compute_every_segment(
+    architecture: str, num_tokens: int, stream: Stream, device: CudaDevice, library: KernelLibrary
+) -> None:
+    """Rounding activations to 3 bits of fraction, three times on the way, costs up to 6 %."""
+    config = small_config(architecture)
+    for kind in KINDS:
+        case = quantize_weights(make_case(config, kind, num_tokens))
+        segment = kernel_segment(config, kind, num_tokens, device, library, quantization="fp8")
+        errors = relative_errors(case, case.run(segment, stream))
+        limit = 1e-2 if num_tokens == 1 and architecture != "gemma3" and kind != "first" else 6e-2
+        assert all(error < limit for error in errors.values()), (kind, errors)
+
+
+@pytest.mark.parametrize("num_tokens", [1, 16, 64, 256, 1024])
+def test_fp8_kernels_compute_a_layer_of_8b(
+    num_tokens: int, stream: Stream, device: CudaDevice, library: KernelLibrary
+) -> None:
+    case = quantize_weights(make_case(llama_8b_config(), "middle", num_tokens))
+    segment = kernel_segment(llama_8b_config(), "middle", num_tokens, device, library, quantization="fp8")
+    errors = relative_errors(case, case.run(segment, stream))
+    print(num_tokens, errors)
+    assert all(error < 6e-2 for error in errors.values()), errors
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+def test_weights_arrive_from_a_checkpoint(
+    quantization: Quantization, stream: Stream, device: CudaDevice, library: KernelLibrary
+) -> None:
+    source = ArraySource("qwen2", np.float32, hidden_size=192, intermediate_size=320)
+    plan = WeightPlan(source.config, quantization=quantization)
+    weights = DeviceWeights(plan)
+    weights.load(source.checkpoint(), stream, library=library)
+    expected = ArrayTarget(plan.num_bytes)
+    load_weights(plan, source.checkpoint(), expected)
+    found = np.empty(plan.num_bytes, np.uint8)
+    weights.read(found)
+    written = expected.written.astype(bool)
+    same = (found == expected.memory)[written].mean()
+    assert same >= (1 if quantization == "none" else 0.98), same  # a division may round the other way
+    weights.free()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 64, 256])
@@ -143,14 +215,7 @@ def test_every_form_computes_the_same(
         case = make_case(config, kind, num_tokens)
         for projection in projections(config, kind):
             for form in candidates(known, config, kind, projection, num_tokens):
-                segment = KernelSegment(
-                    config,
-                    kind,
-                    num_tokens,
-                    library,
-                    device.properties.num_multiprocessors,
-                    {projection: form.name},
-                )
+                segment = kernel_segment(config, kind, num_tokens, device, library, {projection: form.name})
                 assert segment.forms[projection] == form
                 errors = relative_errors(case, case.run(segment, stream))
                 assert all(error < 1e-2 for error in errors.values()), (form.name, errors)

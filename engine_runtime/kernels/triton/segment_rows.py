@@ -3,9 +3,11 @@
 import triton
 import triton.language as tl
 
-from engine_runtime.kernels.kernel_spec import KernelSpec
+from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec
 
 _MAX_PARTS = tl.constexpr(4)
+_E4M3_MAX = tl.constexpr(448.0)
+_LEAST_SCALE = tl.constexpr(1e-12)  # of a row of zeros
 
 
 @triton.jit
@@ -32,18 +34,20 @@ def add_norm(
     weight,
     residual_out,
     normed,
+    scales,
     num_parts,
     has_post,
     T,
     H,
     epsilon,
     BLOCK: tl.constexpr,
+    QUANTIZE: tl.constexpr,
 ):
     """residual_out = residual + y; normed = RMSNorm(residual_out). Grid: T.
 
     y [num_parts, T, H], whose parts are summed; with 0 parts there is none. residual, residual_out, normed
     [T, H]; ``residual_out`` may be ``residual``. has_post 1: y is itself normalized first (``post_weight``).
-    weight, post_weight [H]. BLOCK >= H.
+    weight, post_weight [H]. BLOCK >= H. QUANTIZE: normed is E4M3, to be multiplied by ``scales`` [T].
     """
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
@@ -58,7 +62,32 @@ def add_norm(
     tl.store(residual_out + offsets, rounded, mask=mask)
     factor = tl.load(weight + columns, mask=mask, other=0.0).to(tl.float32)
     result = _normed(rounded.to(tl.float32), factor, H, epsilon)
+    if QUANTIZE:
+        scale = tl.maximum(tl.max(tl.abs(result), 0) / _E4M3_MAX, _LEAST_SCALE)
+        tl.store(scales + row, scale)
+        result = result / scale
     tl.store(normed + offsets, result.to(normed.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def quantize_rows(x, y, scales, size, BLOCK: tl.constexpr):
+    """y = E4M3 of x / scales, where the largest number of each row becomes 448. Grid: rows.
+
+    x, y [rows, size], scales float32 [rows]. Used for activations at each step, for weights when loaded.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    largest = tl.zeros((BLOCK,), tl.float32)
+    for start in range(0, size, BLOCK):
+        mask = start + columns < size
+        values = tl.load(x + row * size + start + columns, mask=mask, other=0.0).to(tl.float32)
+        largest = tl.maximum(largest, tl.abs(values))
+    scale = tl.maximum(tl.max(largest, 0) / _E4M3_MAX, _LEAST_SCALE)
+    tl.store(scales + row, scale)
+    for start in range(0, size, BLOCK):
+        mask = start + columns < size
+        values = tl.load(x + row * size + start + columns, mask=mask, other=0.0).to(tl.float32) / scale
+        tl.store(y + row * size + start + columns, values.to(y.dtype.element_ty), mask=mask)
 
 
 @triton.jit
@@ -99,25 +128,28 @@ def finish_heads(
     tl.store(out + offsets, x.to(out.dtype.element_ty), mask=mask)
 
 
-def _add_norm_spec(y: str, weight: str, block: int) -> KernelSpec:
+def _add_norm_spec(y: str, weight: str, block: int, normed: str) -> KernelSpec:
+    is_fp8 = normed != "bf16"
     return KernelSpec(
         add_norm,
-        f"add_norm_{y}_{weight}_{block}",
+        f"add_norm{'8' if is_fp8 else ''}_{y}_{weight}_{block}",
         {
             "y": f"*{y}:16",
             "residual": "*bf16:16",
             "post_weight": f"*{weight}:16",
             "weight": f"*{weight}:16",
             "residual_out": "*bf16:16",
-            "normed": "*bf16:16",
+            "normed": f"*{normed}:16",
+            "scales": "*fp32:16",
             "num_parts": "i32",
             "has_post": "i32",
             "T": "i32",
             "H": "i32:16",
             "epsilon": "fp32",
         },
-        {"BLOCK": block},
+        {"BLOCK": block, "QUANTIZE": is_fp8},
         num_warps=min(max(block // 512, 2), 16),
+        architectures=tuple(a for a in ARCHITECTURES if a >= 89 or not is_fp8),
     )
 
 
@@ -146,6 +178,19 @@ def _finish_heads_spec(y: str, weight: str, block: int) -> KernelSpec:
 
 _TYPES = [(y, weight) for y in ("bf16", "fp32") for weight in ("bf16", "fp32")]
 SPECS = [
-    *(_add_norm_spec(*types, block) for types in _TYPES for block in (1024, 2048, 4096, 8192, 16384)),
+    *(
+        _add_norm_spec(*types, block, normed)
+        for types in _TYPES
+        for block in (1024, 2048, 4096, 8192, 16384)
+        for normed in ("bf16", "fp8e4nv")
+    ),
     *(_finish_heads_spec(*types, block) for types in _TYPES for block in (32, 64, 128, 256)),
+    KernelSpec(
+        quantize_rows,
+        "quantize_rows",
+        {"x": "*bf16:16", "y": "*fp8e4nv:16", "scales": "*fp32:16", "size": "i32:16"},
+        {"BLOCK": 4096},
+        num_warps=8,
+        architectures=tuple(a for a in ARCHITECTURES if a >= 89),
+    ),
 ]

@@ -14,6 +14,7 @@ import pytest
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
 
 from engine_runtime.executors.tensorrt_weights import (
+    StoredTensor,
     WeightPlan,
     convert,
     load_weights,
@@ -54,12 +55,24 @@ class ArraySource:
 
 
 class ArrayTarget:
+    """A device of host memory, which rounds to E4M3 by ml_dtypes."""
+
     def __init__(self, num_bytes: int) -> None:
         self.memory = np.full(num_bytes, 0xAA, np.uint8)
         self.written = np.zeros(num_bytes, np.uint8)
 
-    def write(self, offset: int, values: Array, dtype: np.dtype[Any]) -> None:
-        data = values.astype(dtype).view(np.uint8)
+    def write(self, tensor: StoredTensor, values: Array) -> None:
+        values = values.astype(_TYPES[tensor.dtype])
+        if tensor.scale_offset is None:
+            self._store(tensor.offset, values)
+            return
+        values = values.astype(np.float32)
+        scales = np.abs(values).max(axis=1) / np.float32(448)
+        self._store(tensor.offset, (values / scales[:, None]).astype(ml_dtypes.float8_e4m3fn))
+        self._store(tensor.scale_offset, scales.astype(np.float32))
+
+    def _store(self, offset: int, values: Array) -> None:
+        data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         self.memory[offset : offset + len(data)] = data
         self.written[offset : offset + len(data)] += 1
 
@@ -87,6 +100,31 @@ def test_segments_find_their_weights(architecture: str, stored: Any) -> None:
             assert offsets[weight.name] % 256 == 0
             found = target.memory[offsets[weight.name] :][: expected.nbytes].view(dtype)
             np.testing.assert_array_equal(found.reshape(expected.shape), expected)
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_quantized_projections_have_a_factor_for_each_row(architecture: str) -> None:
+    source = ArraySource(architecture, np.float32)
+    plan = WeightPlan(source.config, quantization="fp8")
+    target = ArrayTarget(plan.num_bytes)
+    load_weights(plan, source.checkpoint(), target)
+    assert target.written.max() == 1
+    offsets = plan.offsets(0)
+    for weight in build_segment(source.config, "middle", "bfloat16").weights:
+        names = weight.source_names(layer=0, next_layer=1)
+        expected = np.concatenate([source.tensors[name] for name in names])
+        is_quantized = f"{weight.name}_scale" in offsets
+        assert is_quantized == (len(weight.shape) == 2)
+        if not is_quantized:
+            continue
+        start, size = offsets[weight.name], expected.size
+        values = target.memory[start : start + size].view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        start = offsets[f"{weight.name}_scale"]
+        scales = target.memory[start : start + 4 * len(expected)].view(np.float32)
+        found = values.reshape(expected.shape) * scales[:, None]
+        assert np.linalg.norm(found - expected) < 0.04 * np.linalg.norm(expected)
+    assert "lm_head.weight_scale" not in plan.offsets(1)
+    assert plan.num_bytes < WeightPlan(source.config).num_bytes
 
 
 def test_tied_embeddings_are_stored_once() -> None:
