@@ -204,7 +204,7 @@ class ZmqEngineClient:
             finally:
                 self._connection = None
                 reader.cancel()
-                if process.returncode is None:
+                if process.returncode is None and self._is_ready:  # one that is loading does not listen
                     connection.send(Kind.QUIT)
                     with contextlib.suppress(TimeoutError):
                         await asyncio.wait_for(asyncio.shield(exited), _QUIT_GRACE_S)

@@ -18,19 +18,21 @@ from scheduler.messages import FinishReason, Request, SamplingParams
 from server.config import ServerConfig
 from server.engine_client import ZmqEngineClient
 from server.errors import EngineDeadError
-from server.transport import Ready
+from server.transport import Progress, Ready
 
 
 class Watched:
-    """A client, the process ids of the engines it has started, and the reasons why it gave up."""
+    """A client, the process ids of its engines that were ready, what they loaded, why it gave up."""
 
     def __init__(self, behaviour: str) -> None:
         self.process_ids: list[int] = []
         self.failures: list[str] = []
+        self.stages: list[Progress] = []
         self.client = ZmqEngineClient(
             ServerConfig(),
             behaviour,
             module="tests.server.engine_process",
+            on_progress=self.stages.append,
             on_ready=self._note_ready,
             on_failure=self.failures.append,
         )
@@ -56,7 +58,7 @@ async def started(behaviour: str = "hashes") -> AsyncIterator[Watched]:
     watched = Watched(behaviour)
     watched.client.start()
     try:
-        await until(lambda: watched.process_ids or watched.failures)
+        await until(lambda: watched.process_ids or watched.stages or watched.failures)
         yield watched
     finally:
         await watched.client.stop()
@@ -175,3 +177,10 @@ async def test_stopping_ends_the_process_and_its_streams() -> None:
             _ = [output async for output in outputs]
         with pytest.raises(ProcessLookupError):
             os.kill(watched.process_ids[-1], 0)
+
+
+async def test_an_engine_that_is_loading_is_stopped_at_once() -> None:
+    async with started("loads") as watched:
+        assert watched.stages == [Progress("weights", 1, 100)]
+        async with asyncio.timeout(2):
+            await watched.client.stop()
