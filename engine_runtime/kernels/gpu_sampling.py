@@ -240,12 +240,17 @@ class GpuSampler:
         tokens: list[int],
         is_valid: list[int],
     ) -> list[TokenLogprobs | None]:
-        ranks = self._field(view, "ranks", np.int32)
-        chosen = self._field(view, "chosen_logits", np.float32)
-        largest = self._field(view, "largest_logits", np.float32)
-        totals = self._field(view, "totals", np.float32)
-        top_ids = self._field(view, "top_ids", np.int32).reshape(-1, layout.MAX_TOP)
-        top_logits = self._field(view, "top_logits", np.float32).reshape(-1, layout.MAX_TOP)
+        number = len(top_ns)
+        most = max(top_n or 0 for top_n in top_ns)
+        ranks: list[int] = self._field(view, "ranks", np.int32)[:number].tolist()
+        totals = self._field(view, "totals", np.float32)[:number].astype(np.float64)
+        # Rows without log-probabilities hold anything.
+        with np.errstate(all="ignore"):
+            offsets = np.log(totals) + self._field(view, "largest_logits", np.float32)[:number]
+            chosen = (self._field(view, "chosen_logits", np.float32)[:number] - offsets).tolist()
+            top_logits = self._field(view, "top_logits", np.float32).reshape(-1, layout.MAX_TOP)
+            values = (top_logits[:number, :most] - offsets[:, None]).tolist()
+        top_ids = self._field(view, "top_ids", np.int32).reshape(-1, layout.MAX_TOP)[:number, :most].tolist()
         result: list[TokenLogprobs | None] = []
         for row, top_n in enumerate(top_ns):
             if top_n is None:
@@ -253,10 +258,8 @@ class GpuSampler:
             elif not is_valid[row]:
                 result.append(TokenLogprobs(tokens[row], -math.inf, self.vocab_size))
             else:
-                offset = float(largest[row]) + math.log(float(totals[row]))
-                values = (top_logits[row, :top_n].astype(np.float64) - offset).tolist()
-                top = tuple(zip(top_ids[row, :top_n].tolist(), values, strict=True))
-                result.append(TokenLogprobs(tokens[row], float(chosen[row]) - offset, int(ranks[row]), top))
+                top = tuple(zip(top_ids[row][:top_n], values[row][:top_n], strict=True))
+                result.append(TokenLogprobs(tokens[row], chosen[row], ranks[row], top))
         return result
 
     def _field(self, view: npt.NDArray[np.uint8], name: str, dtype: type[Any]) -> npt.NDArray[Any]:

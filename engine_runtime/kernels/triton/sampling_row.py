@@ -109,6 +109,12 @@ def penalize(x, ids, mask, flags, words, addresses):
 def values_of(logits, ids, mask, flags, words, addresses, ADJUSTS: tl.constexpr):
     """Logits of a row as the choice sees them; NaN becomes +inf. ``write_changes`` was called before."""
     x = tl.load(logits + ids, mask=mask, other=-INFINITY)
+    return finish_values(x, ids, mask, flags, words, addresses, ADJUSTS)
+
+
+@triton.jit
+def finish_values(x, ids, mask, flags, words, addresses, ADJUSTS: tl.constexpr):
+    """``values_of`` for logits that are loaded already."""
     if ADJUSTS:
         x = adjust(x, ids, mask, flags, words, addresses)
     return tl.where(x < INFINITY, x, INFINITY)

@@ -1,7 +1,8 @@
 """``draw_wide``: the rows that filter and have too many candidates for ``draw``.
 
-A pass over the row sums what is above each of eight pivots, which leaves a ninth of the interval that the
-threshold is in; after two passes what lies in it is gathered, and if that is too much, so on.
+A sample of the row tells about where the threshold is. A pass over the row sums what is above each of eight
+pivots around that place, the next one gathers what lies between the two pivots that enclose the threshold. If
+the sample was misleading or that is still too much, the interval is cut into nine, and so on.
 """
 
 import triton
@@ -29,6 +30,7 @@ from engine_runtime.kernels.triton.sampling_row import (
     commit,
     draw_from,
     find_threshold,
+    finish_values,
     float_at,
     spec,
     ties_of_sum,
@@ -38,9 +40,44 @@ from engine_runtime.kernels.triton.sampling_row import (
     write_changes,
 )
 
-BLOCK = tl.constexpr(8192)
 COLUMNS = tl.constexpr(2048)
 """A multiple of what the threads of a program load at a time, so that each sums its own columns."""
+ROWS = tl.constexpr(4)
+BLOCK = tl.constexpr(8192)
+SAMPLE = tl.constexpr(8192)
+
+
+@triton.jit
+def _guess(
+    logits, largest, factor, low, high, share, by_count, flags, words, addresses, vocab_size,
+    ADJUSTS: tl.constexpr,
+):  # fmt: skip
+    """Bits above which about ``share`` of the row is, and how many bits the standard deviation of that is."""
+    entry = tl.arange(0, SAMPLE)
+    ids = (entry // 32) * (vocab_size // (SAMPLE // 32)) + entry % 32
+    x = values_of(logits, ids, ids < vocab_size, flags, words, addresses, ADJUSTS)
+    weights = weigh(x, largest, factor)
+    bits = bits_of(weights)
+    values = tl.where(by_count & (bits > 0), 1.0, weights)
+    total = tl.sum(values, 0)
+    for _ in range(12):
+        middle = (low + high) // 2
+        is_enough = tl.sum(tl.where(bits >= middle, values, 0.0), 0) >= share * total
+        low = tl.where(is_enough, middle, low)
+        high = tl.where(is_enough, high, middle)
+    variance = tl.maximum(share * (1.0 - share), 1e-4) * tl.sum(values * values, 0)
+    quarter_octave: tl.constexpr = 1 << 21
+    is_near = (bits > low - quarter_octave) & (bits < low + quarter_octave)
+    near = tl.sum(tl.where(is_near, values, 0.0), 0)
+    deviation = tl.sqrt(variance) / tl.maximum(near, 1e-30) * (2.0 * quarter_octave)
+    return low, tl.minimum(tl.maximum(deviation, 64.0), 1.0 * quarter_octave)
+
+
+@triton.jit
+def _pivot(low, high, is_guided, center, deviation, OFFSET: tl.constexpr, NUMBER: tl.constexpr):
+    guided = center + (OFFSET * deviation).to(tl.int32)
+    pivot = tl.where(is_guided, guided, low + NUMBER * tl.maximum((high - low) // 9, 1))
+    return tl.minimum(tl.maximum(pivot, low + 1), high)
 
 
 @triton.jit
@@ -51,33 +88,54 @@ def _tail(bits, values, pivot):
 
 @triton.jit
 def _narrow(
-    logits, largest, factor, low, high, needed, by_count, flags, words, addresses, vocab_size,
-    ADJUSTS: tl.constexpr,
+    logits, largest, factor, low, high, needed, by_count, is_guided, center, deviation,
+    flags, words, addresses, vocab_size, ADJUSTS: tl.constexpr,
 ):  # fmt: skip
-    """The ninth of [low, high) that ``find_threshold`` would find its answer in, by one pass over the row."""
-    step = tl.maximum((high - low) // 9, 1)
+    """The part of [low, high) that ``find_threshold`` would find its answer in, by one pass over the row."""
+    p0 = _pivot(low, high, is_guided, center, deviation, -3.0, 1)
+    p1 = _pivot(low, high, is_guided, center, deviation, -1.5, 2)
+    p2 = _pivot(low, high, is_guided, center, deviation, -0.7, 3)
+    p3 = _pivot(low, high, is_guided, center, deviation, -0.2, 4)
+    p4 = _pivot(low, high, is_guided, center, deviation, 0.2, 5)
+    p5 = _pivot(low, high, is_guided, center, deviation, 0.7, 6)
+    p6 = _pivot(low, high, is_guided, center, deviation, 1.5, 7)
+    p7 = _pivot(low, high, is_guided, center, deviation, 3.0, 8)
     zeros = tl.zeros([COLUMNS], tl.float32)
-    a, b, c, d, e, f, g, h = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
-    for start in range(0, vocab_size, 4 * COLUMNS):
-        ids = start + tl.arange(0, 4)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-        x = values_of(logits, ids, ids < vocab_size, flags, words, addresses, ADJUSTS)
+    s0, s1, s2, s3, s4, s5, s6, s7 = zeros, zeros, zeros, zeros, zeros, zeros, zeros, zeros
+    ids = tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    loaded = tl.load(logits + ids, mask=ids < vocab_size, other=-INFINITY)
+    for start in range(0, vocab_size, ROWS * COLUMNS):
+        here = start + ids
+        following = here + ROWS * COLUMNS
+        x = finish_values(loaded, here, here < vocab_size, flags, words, addresses, ADJUSTS)
+        loaded = tl.load(logits + following, mask=following < vocab_size, other=-INFINITY)
         weights = weigh(x, largest, factor)
         bits = bits_of(weights)
         values = tl.where(by_count & (bits > 0), 1.0, weights)
-        a += _tail(bits, values, low + step)
-        b += _tail(bits, values, low + 2 * step)
-        c += _tail(bits, values, low + 3 * step)
-        d += _tail(bits, values, low + 4 * step)
-        e += _tail(bits, values, low + 5 * step)
-        f += _tail(bits, values, low + 6 * step)
-        g += _tail(bits, values, low + 7 * step)
-        h += _tail(bits, values, low + 8 * step)
-    enough = (tl.sum(a, 0) >= needed).to(tl.int32) + (tl.sum(b, 0) >= needed).to(tl.int32)
-    enough += (tl.sum(c, 0) >= needed).to(tl.int32) + (tl.sum(d, 0) >= needed).to(tl.int32)
-    enough += (tl.sum(e, 0) >= needed).to(tl.int32) + (tl.sum(f, 0) >= needed).to(tl.int32)
-    enough += (tl.sum(g, 0) >= needed).to(tl.int32) + (tl.sum(h, 0) >= needed).to(tl.int32)
-    new_high = tl.where(enough < 8, tl.minimum(high, low + (enough + 1) * step), high)
-    return low + enough * step, new_high
+        s0 += _tail(bits, values, p0)
+        s1 += _tail(bits, values, p1)
+        s2 += _tail(bits, values, p2)
+        s3 += _tail(bits, values, p3)
+        s4 += _tail(bits, values, p4)
+        s5 += _tail(bits, values, p5)
+        s6 += _tail(bits, values, p6)
+        s7 += _tail(bits, values, p7)
+    new_low, new_high = low, p0
+    new_low, new_high = _step(s0, needed, p0, p1, new_low, new_high)
+    new_low, new_high = _step(s1, needed, p1, p2, new_low, new_high)
+    new_low, new_high = _step(s2, needed, p2, p3, new_low, new_high)
+    new_low, new_high = _step(s3, needed, p3, p4, new_low, new_high)
+    new_low, new_high = _step(s4, needed, p4, p5, new_low, new_high)
+    new_low, new_high = _step(s5, needed, p5, p6, new_low, new_high)
+    new_low, new_high = _step(s6, needed, p6, p7, new_low, new_high)
+    return _step(s7, needed, p7, high, new_low, new_high)
+
+
+@triton.jit
+def _step(sums, needed, pivot, next_pivot, low, high):
+    """The interval that begins at the pivot if what is above it is enough."""
+    is_enough = tl.sum(sums, 0) >= needed
+    return tl.where(is_enough, pivot, low), tl.where(is_enough, next_pivot, high)
 
 
 @triton.jit
@@ -155,6 +213,7 @@ def draw_wide(
                 flags, words, addresses, vocab_size, ADJUSTS,
             )  # fmt: skip
         entry = tl.arange(0, WIDE_FEW)
+        whole = total
         for rule in range(2):
             by_count = rule == 0
             needed = tl.where(by_count, top_k.to(tl.float64), tl.maximum(top_p * total, SMALLEST))
@@ -167,18 +226,27 @@ def draw_wide(
                 count = row * 0 + (WIDE_FEW + 1)
                 number_above = row * 0
                 sum_above = total * 0.0
+                share = needed / tl.where(by_count, number.to(tl.float64), whole)
+                center, deviation = _guess(
+                    logits, largest, factor, low, high, share.to(tl.float32), by_count,
+                    flags, words, addresses, vocab_size, ADJUSTS,
+                )  # fmt: skip
+                is_guided = row >= 0
                 while (count > WIDE_FEW) & (high - low > 1):
-                    for _ in range(2):
+                    for _ in range(tl.where(is_guided, 1, 2)):
                         if high - low > 1:
                             low, high = _narrow(
                                 logits, largest, factor, low, high, needed32, by_count,
-                                flags, words, addresses, vocab_size, ADJUSTS,
+                                is_guided, center, deviation, flags, words, addresses, vocab_size, ADJUSTS,
                             )  # fmt: skip
+                    is_guided = row < 0
                     count, number_above, sum_above = _gather_between(
                         logits, largest, factor, low, high, few_weights,
                         flags, words, addresses, vocab_size, ADJUSTS,
                     )  # fmt: skip
-                weights = tl.load(few_weights + entry, mask=entry < count, other=0.0)
+                # If they are too many, the interval holds one value.
+                mask = (entry < count) & (count <= WIDE_FEW)
+                weights = tl.load(few_weights + entry, mask=mask, other=0.0)
                 found, number_above, sum_above = find_threshold(
                     weights, low, high, needed32, by_count, number_above, sum_above
                 )
