@@ -1,0 +1,108 @@
+"""Which kernels may compute which projection."""
+
+from __future__ import annotations
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[kernels]'")
+
+from engine_runtime.executors.tensorrt_kernel_forms import (
+    candidates,
+    first_guess,
+    is_computable,
+    parse_forms,
+    projections,
+)
+from engine_runtime.kernels.triton import segment_gemm_specs, segment_rows
+from engine_runtime.model_config import ModelConfig
+from tests.engine_runtime.tiny_configs import tiny_config
+
+NAMES = {
+    architecture: [
+        spec.name
+        for spec in (*segment_gemm_specs.SPECS, *segment_rows.SPECS)
+        if architecture in spec.architectures
+    ]
+    for architecture in (80, 89, 90)
+}
+
+
+def config_8b(**changes: object) -> ModelConfig:
+    sizes: dict[str, object] = {
+        "hidden_size": 4096, "intermediate_size": 14336, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "head_dim": 128, "vocab_size": 128256,
+    }  # fmt: skip
+    return tiny_config("llama", **(sizes | changes))
+
+
+def test_names_hold_what_was_compiled() -> None:
+    for spec in segment_gemm_specs.SPECS:
+        (form,) = parse_forms([spec.name])
+        constants = spec.constexprs
+        assert form.bn == constants["BN"]
+        assert form.bk == constants["BK"]
+        assert form.bm == constants.get("BM", 1)
+        assert form.num_parts == constants.get("SPLIT", 1)
+        assert form.is_persistent == constants.get("PERSISTENT", False)
+        assert form.is_fp8 == constants["SCALED"]
+        assert form.writes_float32 == (spec.signature["out"] == "*fp32:16")
+    assert parse_forms(spec.name for spec in segment_rows.SPECS) == ()
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("num_tokens", [1, 2, 16, 17, 32, 33, 64, 65, 128, 200, 256, 512, 1024, 8192])
+def test_hopper_has_a_form_for_any_number_of_tokens(num_tokens: int, quantization: str) -> None:
+    known = parse_forms(NAMES[90])
+    sizes = ({}, {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "head_dim": 64})
+    for changes in sizes:
+        config = config_8b(**{"num_key_value_heads": 3, **changes} if changes else {})
+        for kind in ("first", "middle", "last"):
+            for projection, shape in projections(config, kind).items():
+                found = candidates(known, config, kind, projection, num_tokens, quantization)
+                guess = first_guess(found, projection, num_tokens)
+                assert guess is not None
+                assert all(shape.k % (form.bk * form.num_parts) == 0 for form in found)
+                assert all(form.bm >= min(num_tokens, 64) for form in found if form.function != "gemv")
+
+
+@pytest.mark.parametrize("architecture", [80, 89])
+def test_other_gpus_have_forms_for_few_tokens(architecture: int) -> None:
+    known = parse_forms(NAMES[architecture])
+    for num_tokens in (1, 16, 32, 64):
+        for projection in projections(config_8b(), "middle"):
+            assert candidates(known, config_8b(), "middle", projection, num_tokens)
+    assert not candidates(known, config_8b(), "middle", "qkv", 65)
+
+
+def test_preferred_forms_exist() -> None:
+    """A guess for the measured shape is the first preference, not the fallback."""
+    known = parse_forms(NAMES[90])
+    guesses = {
+        (projection, num_tokens): first_guess(
+            candidates(known, config_8b(), "middle", projection, num_tokens), projection, num_tokens
+        )
+        for projection in projections(config_8b(), "middle")
+        for num_tokens in (1, 16, 64, 256, 2048)
+    }
+    names = {key: form.name for key, form in guesses.items() if form is not None}
+    assert names["attention_output", 1] == "gemv_add_1x8x512x3x4"
+    assert names["gate_up", 16] == "skinny_silu_16x32x256x3x4"
+    assert names["mlp_output", 64] == "skinny_parts2_64x64x128x5x4"
+    assert names["mlp_output", 256] == "tiled_parts4_128x256x64x4x8"
+    assert names["gate_up", 2048] == "tiled_silu_128x128x64x3x8"
+
+
+def test_the_output_projection_keeps_16_bits() -> None:
+    known = parse_forms(NAMES[90])
+    for num_tokens in (1, 16, 256):
+        found = candidates(known, config_8b(), "last", "logits", num_tokens, "fp8")
+        assert found
+        assert not any(form.is_fp8 for form in found)
+
+
+def test_what_kernels_do_not_compute() -> None:
+    assert is_computable(config_8b())
+    assert not is_computable(config_8b(has_o_bias=True))
+    assert not is_computable(config_8b(has_mlp_bias=True))
+    assert not is_computable(config_8b(final_logit_softcap=30.0))
+    assert not is_computable(config_8b(intermediate_size=14337))
