@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import ctypes
 import importlib.util
+import os
 from ctypes import POINTER, byref, c_char_p, c_int, c_int64, c_size_t, c_uint32, c_void_p
 from functools import cache
 from pathlib import Path
@@ -128,7 +129,7 @@ class OrtApi:
 
 @cache
 def ort_api() -> OrtApi:
-    """Loads the library of the installed ``onnxruntime`` package, once.
+    """Loads the library of the installed ``onnxruntime`` package, once, with its telemetry off.
 
     Raises:
         OnnxRuntimeError: it is not installed, carries no library or is too old.
@@ -139,5 +140,7 @@ def ort_api() -> OrtApi:
     folder = Path(spec.submodule_search_locations[0]) / "capi"
     for pattern in ("libonnxruntime.so.*", "libonnxruntime.*dylib", "onnxruntime.dll"):
         for library in sorted(folder.glob(pattern)):
+            # Since 1.29 it reports to Microsoft and keeps a device id, unless it is told before it starts.
+            os.environ["ORT_DISABLE_TELEMETRY"] = "1"
             return OrtApi(library)
     raise OnnxRuntimeError(f"no ONNX Runtime library in {folder}")

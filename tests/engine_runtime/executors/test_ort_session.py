@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -79,6 +82,26 @@ def test_profile_is_written_on_close(tmp_path: Path) -> None:
 def test_library_is_loaded_once_and_names_its_version() -> None:
     assert ort_api() is ort_api()
     assert ort_api().version.count(".") >= 2
+
+
+def test_the_runtime_keeps_no_device_id_and_reports_to_nobody(tmp_path: Path) -> None:
+    script = (
+        "from tests.engine_runtime.executors import test_ort_session; test_ort_session._session().close()"
+    )
+    # It suppresses its telemetry by itself where it recognises continuous integration.
+    is_ci = ("CI", "BUILD", "GITHUB", "TF_", "JENKINS", "TEAMCITY")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(is_ci)}
+    environment.pop("ORT_DISABLE_TELEMETRY", None)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=environment | {"XDG_CACHE_HOME": str(tmp_path), "HOME": str(tmp_path)},
+        cwd=Path(__file__).parents[3],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("*onnxruntime*"))
 
 
 def test_matrices_are_packed_here() -> None:
