@@ -40,6 +40,11 @@ _SKINNY_GATED = (
     (32, 64, 128, 4, 8), (32, 128, 64, 4, 8), (32, 64, 64, 6, 4), (32, 64, 64, 4, 4),
     (64, 64, 64, 6, 4), (64, 128, 64, 4, 8), (64, 64, 128, 4, 8), (64, 64, 64, 3, 4),
 )  # fmt: skip
+# For GELU, one of the fastest and one for any K.
+_SKINNY_GELU = (
+    (16, 32, 256, 3, 4), (16, 64, 64, 5, 8), (32, 64, 128, 4, 8), (32, 64, 64, 4, 4),
+    (64, 128, 64, 4, 8), (64, 64, 64, 3, 4),
+)  # fmt: skip
 _SKINNY_LOGITS = (
     (16, 64, 128, 4, 8), (16, 32, 128, 6, 4), (16, 32, 64, 8, 4),
     (32, 64, 128, 4, 8), (32, 128, 128, 4, 8), (32, 64, 64, 6, 4),
@@ -181,7 +186,7 @@ def _tiled_spec(role: str, blocks: Blocks, *, is_fp8: bool) -> KernelSpec:
     )
 
 
-_HALVES = ("plain", "parts2", "parts4")
+_WHOLE_OR_HALF = ("plain", "parts2")
 # Half of these columns, so that E4M3 has forms for any K too.
 _FP8_ANY_K = {
     "skinny_narrow": ((16, 32, 32, 8, 4), (32, 32, 32, 8, 4), (64, 64, 32, 8, 4)),
@@ -191,8 +196,9 @@ _FP8_ANY_K = {
 
 SPECS = [
     *(_gemv_spec(role, blocks, is_fp8=False) for role in _GEMV_ROLES for blocks in _GEMV),
-    *(_skinny_spec(role, blocks, is_fp8=False) for role in _HALVES for blocks in _SKINNY_NARROW),
-    *(_skinny_spec(role, blocks, is_fp8=False) for role in ("silu", "gelu") for blocks in _SKINNY_GATED),
+    *(_skinny_spec(role, blocks, is_fp8=False) for role in _WHOLE_OR_HALF for blocks in _SKINNY_NARROW),
+    *(_skinny_spec("silu", blocks, is_fp8=False) for blocks in _SKINNY_GATED),
+    *(_skinny_spec("gelu", blocks, is_fp8=False) for blocks in _SKINNY_GELU),
     *(_skinny_spec("logits", blocks, is_fp8=False) for blocks in _SKINNY_LOGITS),
     *(_tiled_spec(role, blocks, is_fp8=False) for role, forms in _TILED.items() for blocks in forms),
     # The output projection keeps 16 bits.
@@ -204,13 +210,13 @@ SPECS = [
     ),
     *(
         _skinny_spec(role, blocks, is_fp8=True)
-        for role in _HALVES
+        for role in _WHOLE_OR_HALF
         for blocks in (*_SKINNY_NARROW, *_FP8_ANY_K["skinny_narrow"])
     ),
     *(
         _skinny_spec(role, blocks, is_fp8=True)
-        for role in ("silu", "gelu")
-        for blocks in (*_SKINNY_GATED, *_FP8_ANY_K["skinny_gated"])
+        for role, forms in (("silu", _SKINNY_GATED), ("gelu", _SKINNY_GELU))
+        for blocks in (*forms, *_FP8_ANY_K["skinny_gated"])
     ),
     *(
         _tiled_spec(role, blocks, is_fp8=True)
