@@ -152,6 +152,12 @@ def _config(fields: dict[str, Any], *, tied: bool) -> dict[str, Any]:
     }
 
 
+def write_tokenizer(gguf_path: Path, folder: Path) -> None:
+    """Writes tokenizer.json and tokenizer_config.json; the pre-tokenizer must be ``smollm``."""
+    reader = GGUFReader(gguf_path)
+    _write_tokenizer({name: field.contents() for name, field in reader.fields.items()}, folder)
+
+
 def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     tokens: list[str] = fields["tokenizer.ggml.tokens"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]

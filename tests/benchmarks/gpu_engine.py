@@ -91,13 +91,13 @@ def closed_loop(
     seed: int,
 ) -> tuple[int, float, list[float]]:
     """Runs the requests; returns output tokens, seconds and the time to the first token of each."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng([seed, num_prompt, num_output, concurrency])
     core = EngineCore(executor)
     params = SamplingParams(temperature=0.0, max_tokens=num_output)
     started: dict[str, float] = {}
     first_token: list[float] = []
     waiting = [
-        Request(f"{seed}-{i}", tuple(rng.integers(1000, 100000, num_prompt).tolist()), params)
+        Request(f"{concurrency}-{seed}-{i}", tuple(rng.integers(1000, 100000, num_prompt).tolist()), params)
         for i in range(num_requests)
     ]
     waiting.reverse()
