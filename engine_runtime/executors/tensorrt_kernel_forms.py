@@ -87,11 +87,12 @@ def projections(config: ModelConfig, kind: SegmentKind) -> dict[Projection, Shap
     return found
 
 
-def is_computable(config: ModelConfig) -> bool:
+def is_computable(config: ModelConfig, kind: SegmentKind) -> bool:
     """Whether the kernels know the architecture's layers and like its dimensions."""
-    shapes = [*projections(config, "middle").values(), *projections(config, "last").values()]
+    shapes = projections(config, kind).values()
     return (
-        not (config.has_o_bias or config.has_mlp_bias or config.final_logit_softcap)
+        not (config.has_o_bias or config.has_mlp_bias)
+        and not (kind == "last" and config.final_logit_softcap)
         and config.hidden_size <= 16384
         and config.head_dim % 16 == 0
         and config.head_dim <= 256

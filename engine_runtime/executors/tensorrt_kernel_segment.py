@@ -70,8 +70,10 @@ class KernelSegment:
         Raises:
             UnsupportedSegmentError: the architecture, a dimension or the GPU is not supported.
         """
-        if not is_computable(config):
-            raise UnsupportedSegmentError(f"no kernels for this kind of {config.architecture}")
+        if not is_computable(config, kind):
+            raise UnsupportedSegmentError(
+                f"no kernels for {kind} segments of this {config.architecture} model"
+            )
         self.num_tokens = num_tokens
         self.config = config
         self.kind: SegmentKind = kind

@@ -23,7 +23,6 @@ from engine_runtime.executors.tensorrt_kernel_forms import (
     Projection,
     Quantization,
     candidates,
-    is_computable,
     parse_forms,
     projections,
 )
@@ -93,7 +92,7 @@ class SegmentFactory:
         self._only = only
         self._builder: TrtBuilder | None = None
         self._builder_lock = threading.Lock()
-        can_use_kernels = dtype == "bfloat16" and only != "tensorrt" and is_computable(config)
+        can_use_kernels = dtype == "bfloat16" and only != "tensorrt"
         self._library = library if can_use_kernels else None
         names = "\n".join(sorted(library.names)) if library is not None else ""
         self._library_id = hashlib.sha256(names.encode()).hexdigest()[:16]
@@ -109,7 +108,7 @@ class SegmentFactory:
             TensorRTError: TensorRT is needed and cannot compute it.
             UnsupportedSegmentError: the weights are quantized and no kernel computes it.
         """
-        tactic = tactic or self.known_tactic(kind, num_tokens) or self._guess()
+        tactic = tactic or self.known_tactic(kind, num_tokens) or self._guess(kind, num_tokens)
         if tactic.formulation == "kernels":
             try:
                 return self._kernel_segment(kind, num_tokens, tactic.kernels)
@@ -127,7 +126,7 @@ class SegmentFactory:
         Raises:
             TensorRTError: it cannot be built.
         """
-        tactic = self.known_tactic(kind, num_tokens) or self._guess()
+        tactic = self.known_tactic(kind, num_tokens) or self._guess(kind, num_tokens)
         if tactic.formulation == "tensorrt":
             self._trt_engine(kind, num_tokens)
 
@@ -177,9 +176,13 @@ class SegmentFactory:
         self._cache.store(self._tactic_key(kind, num_tokens), json.dumps(entry).encode())
         return Tactic(fastest, kernels, microseconds)
 
-    def _guess(self) -> Tactic:
-        has_kernels = self._library is not None or self._quantization != "none"
-        return Tactic("kernels" if has_kernels else "tensorrt")
+    def _guess(self, kind: SegmentKind, num_tokens: int) -> Tactic:
+        if self._quantization == "none":
+            try:
+                self._kernel_segment(kind, num_tokens, {})
+            except UnsupportedSegmentError:
+                return Tactic("tensorrt")
+        return Tactic("kernels")
 
     def _kernel_segment(
         self, kind: SegmentKind, num_tokens: int, choice: Mapping[Projection, str]

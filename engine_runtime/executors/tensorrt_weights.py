@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -39,8 +40,8 @@ _NUMPY_TYPES: dict[DType, np.dtype[Any]] = {
 }
 _ALIGNMENT = 256
 _STAGING_BYTES = 32 << 20
-_COPY_THREADS = 4
-_READ_AHEAD = 2  # tensors; dequantized ones are large
+_THREADS = min(8, os.cpu_count() or 1)
+_READ_AHEAD = _THREADS  # tensors; they are computed meanwhile if the file holds them quantized
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,7 +216,7 @@ class PinnedUpload:
         self._unquantized = [DeviceBuffer(staging_bytes) for _ in range(2)] if quantize is not None else []
         self._copied = [Event(), Event()]
         self._turn = 0
-        self._pool = ThreadPoolExecutor(_COPY_THREADS, "copy-weights")
+        self._pool = ThreadPoolExecutor(_THREADS, "copy-weights")
 
     def write(self, tensor: StoredTensor, values: Array) -> None:
         dtype = _NUMPY_TYPES[tensor.dtype]
@@ -273,7 +274,7 @@ def convert(source: Array, destination: Array, pool: ThreadPoolExecutor) -> None
     """Copies a flat array with rounding to the destination's type, in several threads."""
     if source.dtype == destination.dtype:  # plain bytes are copied fastest
         source, destination = source.view(f"u{source.itemsize}"), destination.view(f"u{source.itemsize}")
-    step = max(1 << 16, -(-len(source) // _COPY_THREADS))
+    step = max(1 << 16, -(-len(source) // _THREADS))
     parts = range(0, len(source), step)
     jobs = [
         pool.submit(np.copyto, destination[i : i + step], source[i : i + step], casting="unsafe")

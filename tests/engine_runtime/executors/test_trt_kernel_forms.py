@@ -101,8 +101,13 @@ def test_the_output_projection_keeps_16_bits() -> None:
 
 
 def test_what_kernels_do_not_compute() -> None:
-    assert is_computable(config_8b())
-    assert not is_computable(config_8b(has_o_bias=True))
-    assert not is_computable(config_8b(has_mlp_bias=True))
-    assert not is_computable(config_8b(final_logit_softcap=30.0))
-    assert not is_computable(config_8b(intermediate_size=14337))
+    assert is_computable(config_8b(), "last")
+    assert not is_computable(config_8b(has_o_bias=True), "middle")
+    assert not is_computable(config_8b(has_mlp_bias=True), "last")
+    assert not is_computable(config_8b(intermediate_size=14337), "middle")
+
+
+def test_an_odd_vocabulary_or_a_cap_concerns_the_last_segment_only() -> None:
+    for config in (config_8b(vocab_size=32001), config_8b(final_logit_softcap=30.0)):
+        assert is_computable(config, "middle")
+        assert not is_computable(config, "last")

@@ -57,7 +57,6 @@ def test_other_architectures_and_dimensions_are_left_to_tensorrt() -> None:
     others: list[dict[str, object]] = [
         {"has_mlp_bias": True},
         {"has_o_bias": True},
-        {"final_logit_softcap": 30.0},
         {"intermediate_size": 200},
     ]
     for changes in others:

@@ -1,0 +1,133 @@
+"""Which formulation a segment gets; the GPU is a name. tests/gpu/test_segments.py times real ones."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
+pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install -e '.[gpu]'")
+
+from engine_runtime.executors import tensorrt_tactics
+from engine_runtime.executors.tensorrt_cache import EngineCache
+from engine_runtime.executors.tensorrt_kernel_segment import KernelSegment, UnsupportedSegmentError
+from engine_runtime.executors.tensorrt_tactics import SegmentFactory, Tactic
+from engine_runtime.executors.trt_builder import TrtBuilder
+from engine_runtime.model_config import ModelConfig
+from tests.engine_runtime.tiny_configs import tiny_config
+
+NAMES = (
+    "skinny_plain_16x32x64x8x4",
+    "skinny_plain_16x64x64x8x4",
+    "skinny_silu_16x64x64x5x8",
+    "skinny_logits_16x32x64x8x4",
+)
+
+
+class NamesOnly:
+    """A library of kernels that nobody launches."""
+
+    names = NAMES
+
+    def get(self, name: str) -> Any:
+        raise AssertionError(name)
+
+
+def config(**changes: object) -> ModelConfig:
+    return tiny_config("llama", **({"hidden_size": 128, "intermediate_size": 256} | changes))
+
+
+def factory(folder: Path, model: ModelConfig, **arguments: Any) -> SegmentFactory:
+    properties = SimpleNamespace(compute_capability=(9, 0), name="NVIDIA H200", num_multiprocessors=132)
+    device: Any = SimpleNamespace(properties=properties)
+    library: Any = NamesOnly()
+    return SegmentFactory(model, device, EngineCache(folder), library, **arguments)
+
+
+@pytest.fixture(autouse=True)
+def builder_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tensorrt_tactics, "TrtBuilder", lambda: TrtBuilder([(8, 0)]))
+
+
+def store(made: SegmentFactory, tactic: Tactic, num_tokens: int) -> None:
+    entry = {
+        "formulation": tactic.formulation, "kernels": tactic.kernels, "microseconds": tactic.microseconds,
+    }  # fmt: skip
+    made._cache.store(made._tactic_key("middle", num_tokens), json.dumps(entry).encode())
+
+
+def test_kernels_are_used_where_they_can_be(tmp_path: Path) -> None:
+    segment = factory(tmp_path, config()).make("middle", 16)
+    assert isinstance(segment, KernelSegment)
+    assert segment.forms["qkv"].name == NAMES[0]
+
+
+def test_what_was_found_is_used_for_its_own_shape_only(tmp_path: Path) -> None:
+    made = factory(tmp_path, config())
+    assert made.known_tactic("middle", 16) is None
+    found = Tactic("kernels", {"qkv": NAMES[1]}, {"kernels": 5.0, "tensorrt": 9.0})
+    store(made, found, 16)
+    again = factory(tmp_path, config(num_hidden_layers=2, vocab_size=999))
+    assert again.known_tactic("middle", 16) == found
+    segment = again.make("middle", 16)
+    assert isinstance(segment, KernelSegment)
+    assert segment.forms["qkv"].name == NAMES[1]
+    assert again.known_tactic("middle", 8) is None
+    assert factory(tmp_path, config(hidden_size=192)).known_tactic("middle", 16) is None
+    assert factory(tmp_path, config(), quantization="fp8").known_tactic("middle", 16) is None
+    assert factory(tmp_path, config(), only="kernels").known_tactic("middle", 16) is None
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments", "num_tokens"),
+    [
+        (config(has_mlp_bias=True), {}, 16),
+        (config(), {"dtype": "float16"}, 16),
+        (config(), {"only": "tensorrt"}, 16),
+    ],
+)
+def test_the_engine_is_prepared_where_tensorrt_is_needed(
+    tmp_path: Path, model: ModelConfig, arguments: dict[str, Any], num_tokens: int
+) -> None:
+    made = factory(tmp_path, model, **arguments)
+    made.prepare("middle", num_tokens)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".engine"]
+
+
+def test_an_odd_vocabulary_needs_tensorrt_for_the_last_segment(tmp_path: Path) -> None:
+    made = factory(tmp_path, config(vocab_size=401))
+    made.prepare("middle", 16)
+    assert list(tmp_path.iterdir()) == []
+    made.prepare("last", 16)
+    assert [path.suffix for path in tmp_path.iterdir()] == [".engine"]
+
+
+def test_nothing_is_prepared_for_kernels(tmp_path: Path) -> None:
+    factory(tmp_path, config()).prepare("middle", 16)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_tensorrt_found_fastest_is_prepared(tmp_path: Path) -> None:
+    made = factory(tmp_path, config())
+    store(made, Tactic("tensorrt", {}, {"kernels": 9.0, "tensorrt": 5.0}), 16)
+    made.prepare("middle", 16)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".engine", ".tactics"]
+
+
+def test_fp8_is_not_replaced_by_something_else(tmp_path: Path) -> None:
+    for model in (config(), config(has_mlp_bias=True)):
+        with pytest.raises(UnsupportedSegmentError):
+            factory(tmp_path, model, quantization="fp8").make("middle", 16)
+
+
+def test_other_kernels_are_timed_again(tmp_path: Path) -> None:
+    made = factory(tmp_path, config())
+    store(made, Tactic("kernels", {}, {"kernels": 5.0}), 16)
+    other: Any = NamesOnly()
+    other.names = (*NAMES, "skinny_plain_16x128x64x8x4")
+    again = SegmentFactory(config(), made._device, EngineCache(tmp_path), other)
+    assert again.known_tactic("middle", 16) is None
