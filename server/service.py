@@ -72,8 +72,8 @@ class Service:
         answer = Answer(call, self.engine, tokenizer, self.metrics, form)
         if call.is_stream:
             return EventStream(answer.events(), request.state.request_id)
-        body = await _while_connected(request, answer.whole())
-        return Response(body, media_type="application/json")
+        whole = await _while_connected(request, answer.whole())
+        return Response(whole, media_type="application/json")
 
 
 async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
