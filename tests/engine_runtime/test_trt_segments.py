@@ -14,9 +14,7 @@ from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import DType, Segment, SegmentKind
 from tests.engine_runtime.tiny_configs import tiny_config
 
-trt = pytest.importorskip(
-    "tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install -e '.[gpu]'"
-)
+trt = pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install -e '.[gpu]'")
 
 BUCKETS = (1, 64, 512)
 _DTYPES = {"float32": "FLOAT", "float16": "HALF", "bfloat16": "BF16"}
