@@ -28,6 +28,7 @@ from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import DType, WeightInput
 from engine_runtime.weights.checkpoint import Checkpoint
 from engine_runtime.weights.expected_tensors import EMBEDDING, LM_HEAD, is_norm
+from engine_runtime.weights.mapped_pages import populate, release
 
 Array = npt.NDArray[Any]
 Progress = Callable[[int, int], None]
@@ -159,7 +160,8 @@ def load_weights(
 ) -> None:
     """Reads all tensors of the plan and writes them to ``target``.
 
-    The next tensors are read, and dequantized, while one is written.
+    The next tensors are read, or dequantized, while one is written. What was written leaves the process's
+    memory.
 
     Raises:
         CheckpointError: a tensor has a type that is not supported.
@@ -171,19 +173,26 @@ def load_weights(
             if values.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} has shape {values.shape}, planned was {tensor.shape}")
             target.write(tensor, values)
+            release(values)
             done += tensor.num_bytes
             if progress is not None:
                 progress(done, total)
 
 
+def _read(checkpoint: Checkpoint, name: str) -> Array:
+    values = checkpoint.read(name)
+    populate(values)
+    return values
+
+
 def _read_ahead(pool: ThreadPoolExecutor, plan: WeightPlan, checkpoint: Checkpoint) -> Iterator[Array]:
     names = iter([tensor.name for tensor in plan.tensors])
     waiting: list[Future[Array]] = [
-        pool.submit(checkpoint.read, name) for name in itertools.islice(names, _READ_AHEAD)
+        pool.submit(_read, checkpoint, name) for name in itertools.islice(names, _READ_AHEAD)
     ]
     while waiting:
         values = waiting.pop(0).result()
-        waiting += [pool.submit(checkpoint.read, name) for name in itertools.islice(names, 1)]
+        waiting += [pool.submit(_read, checkpoint, name) for name in itertools.islice(names, 1)]
         yield values
 
 
