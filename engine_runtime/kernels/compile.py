@@ -116,7 +116,7 @@ def _compile(module: str, name: str, architecture: int, key: str) -> tuple[dict[
     from triton.backends.compiler import GPUTarget
 
     _, spec = specs_of([module], architecture)[name]
-    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages}
+    options = {"num_warps": spec.num_warps, "num_stages": spec.num_stages, "maxnreg": spec.max_registers}
     compiled = triton.compile(_source(spec), target=GPUTarget("cuda", architecture, 32), options=options)
     metadata = compiled.metadata
     if metadata.global_scratch_size or metadata.profile_scratch_size:
@@ -136,6 +136,7 @@ def _compile(module: str, name: str, architecture: int, key: str) -> tuple[dict[
 
 def _source(spec: KernelSpec) -> Any:
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource
 
     names = spec.function.arg_names
     missing = set(names) - set(spec.signature) - set(spec.constexprs)
@@ -144,11 +145,12 @@ def _source(spec: KernelSpec) -> Any:
         raise ValueError(f"{spec.name}: missing {sorted(missing)}, unknown {sorted(unknown)}")
     signature, attributes = {}, {}
     for index, name in enumerate(names):
-        kind, _, multiple = spec.signature.get(name, "constexpr").partition(":")
+        kind, multiple = _split_type(spec.signature.get(name, "constexpr"))
         signature[name] = kind
         if multiple:
             attributes[(index,)] = [["tt.divisibility", int(multiple)]]
-    return ASTSource(spec.function, signature, dict(spec.constexprs), attributes)
+    source = GluonASTSource if spec.function.is_gluon() else ASTSource
+    return source(spec.function, signature, dict(spec.constexprs), attributes)
 
 
 def _source_hash(spec: KernelSpec, architecture: int) -> str:
@@ -156,7 +158,7 @@ def _source_hash(spec: KernelSpec, architecture: int) -> str:
 
     parts = (
         MANIFEST_VERSION, triton.__version__, architecture, _source(spec).hash(),
-        sorted(spec.signature.items()), spec.num_warps, spec.num_stages,
+        sorted(spec.signature.items()), spec.num_warps, spec.num_stages, spec.max_registers,
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 
@@ -168,8 +170,8 @@ def _arguments(spec: KernelSpec, tensor_maps: Sequence[dict[str, Any]] | None) -
     for name in spec.function.arg_names:
         if name in spec.constexprs:
             continue
-        kind, _, multiple = spec.signature[name].partition(":")
-        if descriptor := re.fullmatch(r"tensordesc<(\w+)\[([\d, ]+)\]>", kind):
+        kind, multiple = _split_type(spec.signature[name])
+        if descriptor := re.fullmatch(r"tensordesc<(\w+)\[([\d, ]+)\].*>", kind):
             layout = next(maps, None)
             if layout is None:
                 raise ValueError("tensor maps need compute capability 9.0")
@@ -191,6 +193,14 @@ def _arguments(spec: KernelSpec, tensor_maps: Sequence[dict[str, Any]] | None) -
             entry["multiple_of"] = int(multiple)
         result.append(entry)
     return result
+
+
+def _split_type(text: str) -> tuple[str, str]:
+    """``*bf16:16`` -> (``*bf16``, ``16``)."""
+    if text.startswith("tensordesc"):
+        return text, ""
+    kind, _, multiple = text.partition(":")
+    return kind, multiple
 
 
 def _plain(value: Any) -> Any:

@@ -33,8 +33,10 @@ from engine_runtime.kernels.numpy_types import Int32Array
 
 _LOG2_E = 1.4426950408889634
 _ALIGNMENT = 256
-DECODE_PROGRAMS_PER_MULTIPROCESSOR = 4.0
-"""Into how many parts contexts are cut: so many programs find a place at a time."""
+_MAX_ROUNDS = 8
+"""Most tiles a multiprocessor that contexts are cut into, beyond one for each sequence."""
+_SPLIT_BYTES = 11264
+"""Of the cache, that a multiprocessor reads while a split is added up, 0.35 µs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +75,6 @@ class GpuKvLayer:
     address: int
     k_scale: float
     v_scale: float
-    decode_cache: tuple[Any, ...]
     prefill_cache: tuple[Any, ...]
 
 
@@ -114,12 +115,15 @@ class PagedAttention:
         max_sequences: int,
         num_multiprocessors: int,
         windows: Sequence[int | None] = (None,),
+        use_candidates: bool = False,
     ) -> None:
         """
         Args:
             max_sequences: of one ``decode``.
             num_multiprocessors: of the device.
             windows: the sliding windows that layers have; None: a layer without.
+            use_candidates: takes forms of the kernels that should be faster, but have not run on a GPU yet:
+                prefill with specialized warps (compute capability 9.0), decoding from pairs of FP8.
 
         Raises:
             ValueError: a shape that no kernel is compiled for.
@@ -144,16 +148,24 @@ class PagedAttention:
         names = (shape.dtype, shape.kv_dtype, shape.head_dim)
         has_softcap = shape.softcap is not None
         self._rope_cache = library.get(kernel_name("rope_cache", *names))
-        self._prefill = library.get(kernel_name("prefill_attention", *names, has_softcap))
-        self._decode = library.get(kernel_name("decode_attention", *names, has_softcap))
+        prefill = kernel_name("prefill_hopper", *names, has_softcap)
+        self._is_hopper = use_candidates and prefill in library
+        if not self._is_hopper:
+            prefill = kernel_name("prefill_attention", *names, has_softcap)
+        self._prefill = library.get(prefill)
+        pairs = use_candidates and shape.kv_dtype == "fp8"
+        self._decode = library.get(
+            kernel_name("decode_pairs" if pairs else "decode_attention", *names, has_softcap)
+        )
         self._plan = library.get(PLAN)
         self.tokens_per_tile = int(self._prefill.constexprs["ROWS"]) // group
         self.max_decode_len = DECODE_ROWS // group
         heads = int(self._rope_cache.constexprs["HEADS"])
         self._rope_programs = -(-(shape.num_heads + 2 * shape.num_kv_heads) // heads)
-        self._extra_tiles = max(
-            1, round(DECODE_PROGRAMS_PER_MULTIPROCESSOR * num_multiprocessors / shape.num_kv_heads)
-        )
+        self._extra_tiles = -(-_MAX_ROUNDS * num_multiprocessors // shape.num_kv_heads)
+        self._num_multiprocessors = num_multiprocessors
+        token_bytes = shape.kv_block_bytes // (shape.num_kv_heads * BLOCK_SIZE)
+        self._split_cost = _SPLIT_BYTES // token_bytes
         self._windows = {window: index for index, window in enumerate(dict.fromkeys(windows))}
 
         max_tiles = max_sequences + self._extra_tiles
@@ -192,16 +204,12 @@ class PagedAttention:
         Args:
             k_scale, v_scale: what the entries of an FP8 cache are multiplied with; 1 otherwise.
         """
-        rows = num_blocks * 2 * self.shape.num_kv_heads * BLOCK_SIZE
-        size = (rows, self.shape.head_dim)
-        strides = (self.shape.head_dim, 1)
-
-        def argument(kernel: Any) -> tuple[Any, ...]:
-            if kernel.constexprs["TMA"]:
-                return tuple(kernel.tensor_map("cache", address, size, strides))
-            return (address,)
-
-        return GpuKvLayer(address, k_scale, v_scale, argument(self._decode), argument(self._prefill))
+        cache: tuple[Any, ...] = (address,)
+        if self._is_hopper:
+            shape = self.shape
+            rows = num_blocks * 2 * shape.num_kv_heads * BLOCK_SIZE
+            cache = self._prefill.tensor_map("cache", address, (rows, shape.head_dim), (shape.head_dim, 1))
+        return GpuKvLayer(address, k_scale, v_scale, cache)
 
     def write_rope(
         self, stream: Stream, qkv: int, num_tokens: int, layer: GpuKvLayer, positions: int, slots: int,
@@ -230,6 +238,7 @@ class PagedAttention:
                 (1, 1, 1), stream,
                 batch.query_start, batch.context_len, self._addresses["plans"] + index * self._plan_bytes,
                 batch.num_sequences, batch.num_sequences + self._extra_tiles, window or 0,
+                self.shape.num_kv_heads, self._num_multiprocessors, self._split_cost,
             )  # fmt: skip
 
     def decode(
@@ -248,7 +257,7 @@ class PagedAttention:
         plan = addresses["plans"] + self._windows[window] * self._plan_bytes
         self._decode.launch(
             (shape.num_kv_heads, batch.num_sequences + self._extra_tiles, 1), stream,
-            qkv, *layer.decode_cache, out, plan,
+            qkv, layer.address, out, plan,
             addresses["partial"], addresses["stats"], addresses["arrivals"],
             *self._common(layer, batch.block_tables, batch.table_stride, window, sinks),
         )  # fmt: skip
@@ -265,11 +274,14 @@ class PagedAttention:
 
         The others as of ``decode``.
         """
-        self._prefill.launch(
-            (self.shape.num_kv_heads, num_tiles, 1), stream,
-            qkv, *layer.prefill_cache, out, tiles,
-            *self._common(layer, block_tables, table_stride, window, sinks),
-        )  # fmt: skip
+        common = self._common(layer, block_tables, table_stride, window, sinks)
+        num_kv_heads = self.shape.num_kv_heads
+        if self._is_hopper:
+            grid = (min(self._num_multiprocessors, num_tiles * num_kv_heads), 1, 1)
+            self._prefill.launch(grid, stream, qkv, *layer.prefill_cache, out, tiles, *common, num_tiles)
+        else:
+            grid = (num_kv_heads, num_tiles, 1)
+            self._prefill.launch(grid, stream, qkv, *layer.prefill_cache, out, tiles, *common)
 
     def prefill_tiles(
         self, query_start: Int32Array, context_len: Int32Array, first_sequence: int = 0

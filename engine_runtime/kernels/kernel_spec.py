@@ -15,16 +15,17 @@ class KernelSpec:
     """One compiled form of a Triton function. Modules list theirs as ``SPECS``.
 
     Attributes:
-        function: decorated with ``triton.jit``.
+        function: decorated with ``triton.jit``, or ``gluon.jit``.
         name: of the compiled kernel; unique among the specs of an architecture.
         signature: type of each argument that is not in ``constexprs``: ``*bf16`` is a pointer, ``i32``,
             ``i64``, ``fp32`` are passed by value; ``:16`` after it promises a multiple of 16 (of an address:
             in bytes), which is what wide loads need. ``tensordesc<bf16[64, 128]>`` is a tensor map for tiles
             of that shape (from compute capability 9.0 on), followed by sizes and strides: see
-            ``Kernel.tensor_map``.
+            ``Kernel.tensor_map``. For Gluon the layout of the tile in shared memory follows after a comma.
         constexprs: values of the arguments that are fixed.
         num_warps: of 32 threads a program.
         num_stages: depth of software pipelining.
+        max_registers: of a thread; Gluon's specialized warps need it. None: what the compiler likes.
         architectures: those to compile for.
     """
 
@@ -34,4 +35,5 @@ class KernelSpec:
     constexprs: Mapping[str, Any] = field(default_factory=dict)
     num_warps: int = 4
     num_stages: int = 3
+    max_registers: int | None = None
     architectures: tuple[int, ...] = ARCHITECTURES

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
@@ -69,28 +69,38 @@ def memory(device: CudaDevice) -> Iterator[DeviceMemory]:
     memory.free()
 
 
-def check(case: AttentionCase, library: KernelLibrary, device: CudaDevice, memory: DeviceMemory) -> None:
-    attention = make_attention(library, case, device.properties.num_multiprocessors)
-    case.check(attention, memory, num_plans=3)
+@pytest.fixture(params=[False, True], ids=["measured", "candidates"])
+def use_candidates(request: pytest.FixtureRequest) -> bool:
+    return bool(request.param)
+
+
+@pytest.fixture
+def check(
+    library: KernelLibrary, device: CudaDevice, memory: DeviceMemory, use_candidates: bool
+) -> Callable[[AttentionCase], None]:
+    def check(case: AttentionCase) -> None:
+        attention = make_attention(
+            library, case, device.properties.num_multiprocessors, use_candidates=use_candidates
+        )
+        case.check(attention, memory, num_plans=3)
+
+    return check
 
 
 @pytest.mark.parametrize("kv_dtype", ["same", "fp8"])
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
-def test_every_form(
-    head_dim: int, dtype: str, kv_dtype: str, library: KernelLibrary, device: CudaDevice, memory: DeviceMemory
-) -> None:
+def test_every_form(head_dim: int, dtype: str, kv_dtype: str, check: Callable[[AttentionCase], None]) -> None:
     fixed = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype}
     for seed in range(4):
-        case = random_case(seed + 10 * head_dim, **fixed)
-        check(case, library, device, memory)
+        check(random_case(seed + 10 * head_dim, **fixed))
     if head_dim in SOFTCAP_HEAD_DIMS:
-        check(random_case(head_dim, **fixed, softcap=2.0), library, device, memory)
+        check(random_case(head_dim, **fixed, softcap=2.0))
 
 
 @pytest.mark.parametrize("seed", range(30))
-def test_random_steps(seed: int, library: KernelLibrary, device: CudaDevice, memory: DeviceMemory) -> None:
-    check(random_case(1000 + seed, longest=4000), library, device, memory)
+def test_random_steps(seed: int, check: Callable[[AttentionCase], None]) -> None:
+    check(random_case(1000 + seed, longest=4000))
 
 
 def llama_case(sequences: list[Sequence], num_decode: int, **changes: Any) -> AttentionCase:
@@ -100,22 +110,32 @@ def llama_case(sequences: list[Sequence], num_decode: int, **changes: Any) -> At
 
 @pytest.mark.parametrize("window", [None, 64, 1000])
 def test_one_long_sequence_is_split_over_all_multiprocessors(
-    window: int | None, library: KernelLibrary, device: CudaDevice, memory: DeviceMemory
+    window: int | None, check: Callable[[AttentionCase], None]
 ) -> None:
-    case = llama_case([Sequence(1, 20_000)], 1, window=window)
-    check(case, library, device, memory)
+    check(llama_case([Sequence(1, 20_000)], 1, window=window))
 
 
-def test_many_sequences_of_unequal_length(
-    library: KernelLibrary, device: CudaDevice, memory: DeviceMemory
-) -> None:
+def test_many_sequences_of_unequal_length(check: Callable[[AttentionCase], None]) -> None:
     lengths = np.random.default_rng(0).integers(1, 200, 250).tolist()
     sequences = [Sequence(1, int(n)) for n in lengths] + [Sequence(1, 9000), Sequence(0, 0)]
-    check(llama_case(sequences, len(sequences)), library, device, memory)
+    check(llama_case(sequences, len(sequences)))
 
 
-def test_a_long_prefill(library: KernelLibrary, device: CudaDevice, memory: DeviceMemory) -> None:
-    check(llama_case([Sequence(700, 6000), Sequence(1500, 1500)], 0), library, device, memory)
+def test_a_long_prefill(check: Callable[[AttentionCase], None]) -> None:
+    check(llama_case([Sequence(700, 6000), Sequence(1500, 1500)], 0))
+
+
+@pytest.mark.parametrize("kv_dtype", ["same", "fp8"])
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+def test_rows_that_see_nothing_of_the_first_block(
+    head_dim: int, kv_dtype: str, check: Callable[[AttentionCase], None]
+) -> None:
+    """A fused multiply-add of the logit of an invisible key once made an infinite weight, for some scales."""
+    for scale in (1.0, 0.06375, head_dim**-0.5):
+        shape = AttentionShape(16, 2, head_dim, "fp16", kv_dtype, scale)  # type: ignore[arg-type]
+        factor = 0.03 if kv_dtype == "fp8" else 1.0
+        sequences = [Sequence(2, 300), Sequence(100, 240), Sequence(64, 64)]
+        check(AttentionCase(shape, sequences, 1, window=64, k_scale=factor, v_scale=factor))
 
 
 def test_a_captured_decode_follows_the_lengths(

@@ -16,6 +16,7 @@ from engine_runtime.kernels.attention_layout import (
 from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec
 from engine_runtime.kernels.triton.decode_attention import decode_attention, plan_decode
 from engine_runtime.kernels.triton.prefill_attention import prefill_attention
+from engine_runtime.kernels.triton.prefill_hopper import prefill_hopper
 from engine_runtime.kernels.triton.rope_cache import rope_cache
 
 _LARGEST = {"fp16": 65504.0, "bf16": 3.38e38, "fp8": 448.0}
@@ -83,16 +84,16 @@ def _prefill(
 ) -> KernelSpec:
     padded = _padded(head_dim)
     is_small = architecture in _SMALL_SHARED_MEMORY
-    rows = 64 if (padded == 256 and architecture < 90) or is_small else 128
-    tma = architecture >= 90
-    element = _element(dtype, kv_dtype)
-    stages = (1 if is_small else 2) if padded == 256 else 3 if not is_small else 2
+    rows = 64 if is_small or (padded == 256 and architecture < 90) else 128
+    stages = 3
+    if padded == 256 or is_small:
+        stages = 1 if padded == 256 and is_small else 2
     return KernelSpec(
         prefill_attention,
         kernel_name("prefill_attention", dtype, kv_dtype, head_dim, has_softcap),
         {
             "q": f"*{dtype}:16",
-            "cache": f"tensordesc<{element}[{BLOCK_SIZE}, {padded}]>" if tma else f"*{element}:16",
+            "cache": f"*{_element(dtype, kv_dtype)}:16",
             "out": f"*{dtype}:16",
             "tiles": "*i32",
             **_ATTENTION,
@@ -102,7 +103,6 @@ def _prefill(
             "BLOCK_D": padded,
             "BLOCK_SIZE": BLOCK_SIZE,
             "ROWS": rows,
-            "TMA": tma,
             "SOFTCAP": has_softcap,
             "STAGES": stages,
         },
@@ -112,18 +112,47 @@ def _prefill(
     )
 
 
+def _prefill_hopper(dtype: KernelDType, head_dim: int, has_softcap: bool) -> KernelSpec:
+    padded = _padded(head_dim)
+    layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
+    return KernelSpec(
+        prefill_hopper,
+        kernel_name("prefill_hopper", dtype, "same", head_dim, has_softcap),
+        {
+            "q": f"*{dtype}:16",
+            "cache": f"tensordesc<{dtype}[{BLOCK_SIZE}, {padded}],{layout}>",
+            "out": f"*{dtype}:16",
+            "tiles": "*i32",
+            **_ATTENTION,
+            "num_tiles": "i32",
+        },
+        {
+            "HEAD_DIM": head_dim,
+            "BLOCK_D": padded,
+            "BLOCK_SIZE": BLOCK_SIZE,
+            "ROWS": 128,
+            "SOFTCAP": has_softcap,
+            "STAGES": 2,
+        },
+        num_warps=4,
+        # Nine warps, which count as twelve, share 65536 registers.
+        max_registers=168,
+        architectures=(90,),
+    )
+
+
 def _decode(
-    dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool, architecture: int
+    dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool, architecture: int, pairs: bool
 ) -> KernelSpec:
     padded = _padded(head_dim)
-    element = _element(dtype, kv_dtype)
+    num_warps = 4 if padded == 256 else 2
     stages = 2
     return KernelSpec(
         decode_attention,
-        kernel_name("decode_attention", dtype, kv_dtype, head_dim, has_softcap),
+        kernel_name("decode_pairs" if pairs else "decode_attention", dtype, kv_dtype, head_dim, has_softcap),
         {
             "q": f"*{dtype}:16",
-            "cache": f"*{element}:16",
+            "cache": "*i16:16" if pairs else f"*{_element(dtype, kv_dtype)}:16",
             "out": f"*{dtype}:16",
             "tiles": "*i32",
             "partial": "*fp32:16",
@@ -136,11 +165,12 @@ def _decode(
             "BLOCK_D": padded,
             "BLOCK_SIZE": BLOCK_SIZE,
             "ROWS": DECODE_ROWS,
-            "TMA": False,
+            "COMBINED": 1024 * num_warps,
+            "PAIRS": pairs,
             "SOFTCAP": has_softcap,
             "STAGES": stages,
         },
-        num_warps=4 if padded == 256 else 2,
+        num_warps=num_warps,
         num_stages=stages,
         architectures=(architecture,),
     )
@@ -157,6 +187,9 @@ def _specs() -> Iterator[KernelSpec]:
             "num_sequences": "i32",
             "num_tiles": "i32",
             "window": "i32",
+            "num_kv_heads": "i32",
+            "num_multiprocessors": "i32",
+            "split_cost": "i32",
         },
         {"MAX_SEQUENCES": MAX_SEQUENCES, "BLOCK_SIZE": BLOCK_SIZE},
         num_warps=8,
@@ -167,10 +200,16 @@ def _specs() -> Iterator[KernelSpec]:
         for dtype in dtypes:
             for kv_dtype in kv_dtypes:
                 yield _rope_cache(dtype, kv_dtype, head_dim)
-                for architecture in _FP8 if kv_dtype == "fp8" else ARCHITECTURES:
-                    for has_softcap in (False, True) if head_dim in SOFTCAP_HEAD_DIMS else (False,):
-                        yield _prefill(dtype, kv_dtype, head_dim, has_softcap, architecture)
-                        yield _decode(dtype, kv_dtype, head_dim, has_softcap, architecture)
+                softcaps = (False, True) if head_dim in SOFTCAP_HEAD_DIMS else (False,)
+                for has_softcap in softcaps:
+                    for architecture in _FP8 if kv_dtype == "fp8" else ARCHITECTURES:
+                        key = (dtype, kv_dtype, head_dim, has_softcap, architecture)
+                        yield _prefill(*key)
+                        yield _decode(*key, pairs=False)
+                        if kv_dtype == "fp8":
+                            yield _decode(*key, pairs=True)
+                    if kv_dtype == "same" and head_dim <= 128:
+                        yield _prefill_hopper(dtype, head_dim, has_softcap)
 
 
 SPECS = list(_specs())

@@ -3,6 +3,11 @@
 import triton
 import triton.language as tl
 
+from engine_runtime.kernels import attention_layout
+
+NOTHING = tl.constexpr(attention_layout.NOTHING)
+HALVES_OF_PAIRS = tl.constexpr(attention_layout.HALVES_OF_PAIRS)
+
 
 @triton.jit
 def load_tile(
@@ -11,27 +16,54 @@ def load_tile(
     part,
     kv_head,
     num_kv_heads,
-    HEAD_DIM: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    WIDTH: tl.constexpr,
+    PADDED: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    TMA: tl.constexpr,
 ):
-    """Keys (part 0) or values (part 1) of a block: [BLOCK_SIZE, BLOCK_D], columns past HEAD_DIM zero."""
-    row = ((block * 2 + part) * num_kv_heads + kv_head) * BLOCK_SIZE
-    if TMA:
-        return cache.load([row, 0])
+    """Keys (part 0) or values (part 1) of a block: [BLOCK_SIZE, PADDED], columns past WIDTH zero."""
+    row = ((block.to(tl.int64) * 2 + part) * num_kv_heads + kv_head) * BLOCK_SIZE
+    column = tl.arange(0, PADDED)
+    place = cache + row * WIDTH + tl.arange(0, BLOCK_SIZE)[:, None] * WIDTH + column[None, :]
+    if WIDTH == PADDED:
+        return tl.load(place)
     else:
-        column = tl.arange(0, BLOCK_D)
-        place = (
-            cache
-            + row.to(tl.int64) * HEAD_DIM
-            + tl.arange(0, BLOCK_SIZE)[:, None] * HEAD_DIM
-            + column[None, :]
-        )
-        if HEAD_DIM == BLOCK_D:
-            return tl.load(place)
-        else:
-            return tl.load(place, mask=(column < HEAD_DIM)[None, :], other=0.0)
+        return tl.load(place, mask=(column < WIDTH)[None, :], other=0.0)
+
+
+@triton.jit
+def weigh(
+    logits,
+    largest,
+    total,
+    start,
+    position,
+    scale,
+    cap,
+    window,
+    BLOCK_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    MASKED: tl.constexpr,
+):
+    """One step of the online softmax.
+
+    Returns:
+        weights of the keys, factor of earlier sums, new ``largest`` and ``total``.
+    """
+    if SOFTCAP:
+        # tanh(x) = 1 - 2 / (1 + e ** 2x)
+        logits = cap - 2.0 * cap / (1.0 + tl.exp2(logits * scale))
+        factor = 1.0
+    else:
+        factor = scale
+    if MASKED:
+        key = start + tl.arange(0, BLOCK_SIZE)[None, :]
+        visible = (key <= position[:, None]) & ((window == 0) | (key > position[:, None] - window))
+        # Not -inf: a row that sees nothing yet takes weights that its first key wipes out.
+        logits = tl.where(visible, logits, NOTHING)
+    new_largest = tl.maximum(largest, tl.max(logits, 1) * factor)
+    weights = tl.exp2(logits * factor - new_largest[:, None])
+    shrink = tl.exp2(largest - new_largest)
+    return weights, shrink, new_largest, total * shrink + tl.sum(weights, 1)
 
 
 @triton.jit
@@ -53,7 +85,6 @@ def attend(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
-    TMA: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     STAGES: tl.constexpr,
@@ -62,7 +93,7 @@ def attend(
 
     Args:
         q: [rows, BLOCK_D]; ``position`` [rows] is where each row stands.
-        acc, largest, total: float32 [rows, BLOCK_D], [rows], [rows]: sums weighed with 2 ** (logit - largest).
+        acc, largest, total: float32 [rows, BLOCK_D], [rows], [rows]: sums weighed by 2 ** (logit - largest).
         table: block ids of the sequence.
         scale: makes dot products logits in base 2; with SOFTCAP: twice that, divided by ``cap``.
         MASKED: whether some row may not see some key of the range.
@@ -73,37 +104,85 @@ def attend(
     for start in tl.range(first, last, BLOCK_SIZE, num_stages=STAGES):
         # One tile ahead, so that no load waits for the block table.
         next_block = tl.load(table + tl.minimum(start // BLOCK_SIZE + 1, end))
-        k = load_tile(cache, block, 0, kv_head, num_kv_heads, HEAD_DIM, BLOCK_D, BLOCK_SIZE, TMA)
+        k = load_tile(cache, block, 0, kv_head, num_kv_heads, HEAD_DIM, BLOCK_D, BLOCK_SIZE)
         logits = tl.dot(q, k.to(q.dtype).T)
-        if SOFTCAP:
-            # tanh(x) = 1 - 2 / (1 + e ** 2x)
-            logits = cap - 2.0 * cap / (1.0 + tl.exp2(logits * scale))
-            factor = 1.0
-        else:
-            factor = scale
-        if MASKED:
-            key = start + tl.arange(0, BLOCK_SIZE)[None, :]
-            visible = (key <= position[:, None]) & ((window == 0) | (key > position[:, None] - window))
-            # Not -inf: a row that sees nothing yet takes weights that its first key wipes out.
-            logits = tl.where(visible, logits, -1e30)
-        new_largest = tl.maximum(largest, tl.max(logits, 1) * factor)
-        weights = tl.exp2(logits * factor - new_largest[:, None])
-        shrink = tl.exp2(largest - new_largest)
-        total = total * shrink + tl.sum(weights, 1)
-        acc = acc * shrink[:, None]
-        v = load_tile(cache, block, 1, kv_head, num_kv_heads, HEAD_DIM, BLOCK_D, BLOCK_SIZE, TMA)
-        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc)
-        largest = new_largest
+        weights, shrink, largest, total = weigh(
+            logits, largest, total, start, position, scale, cap, window, BLOCK_SIZE, SOFTCAP, MASKED
+        )
+        v = load_tile(cache, block, 1, kv_head, num_kv_heads, HEAD_DIM, BLOCK_D, BLOCK_SIZE)
+        acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
         block = next_block
     return acc, largest, total
 
 
 @triton.jit
+def halves_of_pairs(pairs):
+    """int16 pairs of E4M3 -> both as float16, divided by 256: its exponent is biased by 8 more."""
+    return tl.inline_asm_elementwise(
+        HALVES_OF_PAIRS,
+        "=r,=r,r",
+        [pairs],
+        dtype=(tl.float16, tl.float16),
+        is_pure=True,
+        pack=2,
+    )
+
+
+@triton.jit
+def attend_pairs(
+    even,
+    odd,
+    largest,
+    total,
+    cache,
+    table,
+    first,
+    last,
+    position,
+    kv_head,
+    num_kv_heads,
+    scale,
+    cap,
+    window,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SOFTCAP: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``attend`` for a cache of int16 pairs of E4M3, read as they are, with even and odd columns apart.
+
+    Tensor cores want neighbouring tokens of V in one register: bytes cannot be transposed on the way from
+    shared memory, 16-bit pairs can. even, odd: float16 [rows, BLOCK_D / 2], columns of q.
+    """
+    half: tl.constexpr = BLOCK_D // 2
+    width: tl.constexpr = HEAD_DIM // 2
+    acc_even = tl.zeros([even.shape[0], half], tl.float32)
+    acc_odd = tl.zeros([even.shape[0], half], tl.float32)
+    end = tl.cdiv(last, BLOCK_SIZE) - 1
+    block = tl.load(table + tl.maximum(tl.minimum(first // BLOCK_SIZE, end), 0))
+    for start in tl.range(first, last, BLOCK_SIZE, num_stages=STAGES):
+        next_block = tl.load(table + tl.minimum(start // BLOCK_SIZE + 1, end))
+        k = load_tile(cache, block, 0, kv_head, num_kv_heads, width, half, BLOCK_SIZE)
+        k_even, k_odd = halves_of_pairs(k)
+        logits = tl.dot(odd, k_odd.T, tl.dot(even, k_even.T))
+        weights, shrink, largest, total = weigh(
+            logits, largest, total, start, position, scale, cap, window, BLOCK_SIZE, SOFTCAP, True
+        )
+        weights = weights.to(tl.float16)
+        v = load_tile(cache, block, 1, kv_head, num_kv_heads, width, half, BLOCK_SIZE)
+        v_even, v_odd = halves_of_pairs(v)
+        acc_even = tl.dot(weights, v_even, acc_even * shrink[:, None])
+        acc_odd = tl.dot(weights, v_odd, acc_odd * shrink[:, None])
+        block = next_block
+    return tl.interleave(acc_even, acc_odd), largest, total
+
+
+@triton.jit
 def add_sink(largest, total, sinks, head, has_sinks, is_row):
     """The attention sink of each head: one more logit in the denominator. Returns (shrink, total)."""
-    # 2 ** -1e30 is 0: no sink.
-    sink = tl.load(sinks + head, mask=is_row & (has_sinks != 0), other=-1e30).to(tl.float32)
-    sink = tl.maximum(sink * 1.4426950408889634, -1e30)
+    sink = tl.load(sinks + head, mask=is_row & (has_sinks != 0), other=NOTHING).to(tl.float32)
+    sink = tl.maximum(sink * 1.4426950408889634, NOTHING)
     new_largest = tl.maximum(largest, sink)
     shrink = tl.exp2(largest - new_largest)
     return shrink, total * shrink + tl.exp2(sink - new_largest)

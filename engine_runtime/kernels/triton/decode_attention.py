@@ -8,9 +8,21 @@ then the same at every step, and can be replayed from a CUDA graph while context
 import triton
 import triton.language as tl
 
-from engine_runtime.kernels.triton.attention_tile import add_sink, attend
+from engine_runtime.kernels.triton.attention_tile import NOTHING, add_sink, attend, attend_pairs
 
 RECORD = tl.constexpr(8)
+
+
+@triton.jit
+def _tokens_of_time(num_programs, num_multiprocessors, share, size):
+    """How long programs of ``size`` tokens take, in tokens that a busy multiprocessor reads meanwhile.
+
+    A single program keeps it 45 % busy, two 81 %, three 93 % (fitted to times on an H200).
+    """
+    rounds = tl.cdiv(num_programs, num_multiprocessors)
+    together = tl.where(rounds == 1, 2.2, tl.where(rounds == 2, 2.47, tl.where(rounds == 3, 3.2, 4.0)))
+    in_turn = tl.minimum(rounds.to(tl.float32) * size, share.to(tl.float32) + size)
+    return tl.where(rounds <= 4, together * size, in_turn)
 
 
 @triton.jit
@@ -21,6 +33,9 @@ def plan_decode(
     num_sequences,
     num_tiles,
     window,
+    num_kv_heads,
+    num_multiprocessors,
+    split_cost,
     MAX_SEQUENCES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -29,6 +44,9 @@ def plan_decode(
     Writes tiles int32 [num_tiles, 8]: sequence, first and last + 1 position, split, number of splits, row of
     the sequence's first token in q, number of tokens, context length. num_tiles > num_sequences. Unused tiles
     get sequence -1. A sequence without context gets a tile of nothing.
+
+    Of a few sizes of a tile it takes the one with which the multiprocessors should be done first. Adding up a
+    split takes as long as reading ``split_cost`` tokens.
     """
     sequence = tl.arange(0, MAX_SEQUENCES)
     exists = sequence < num_sequences
@@ -39,9 +57,22 @@ def plan_decode(
         tl.where(window > 0, tl.maximum(context - num_tokens - window + 1, 0), 0) // BLOCK_SIZE * BLOCK_SIZE
     )
     length = context - first
-    # sum(ceil(length / size)) <= sum(length) / size + num_sequences <= num_tiles
-    size = tl.cdiv(tl.sum(length.to(tl.int64), 0), num_tiles - num_sequences)
-    size = (tl.maximum(tl.cdiv(size, BLOCK_SIZE), 1) * BLOCK_SIZE).to(tl.int32)
+    longest = tl.max(length, 0)
+    sum_of_lengths = tl.sum(length.to(tl.int64), 0)
+    share = tl.cdiv(sum_of_lengths * num_kv_heads, num_multiprocessors)
+    size = tl.maximum(tl.cdiv(longest, BLOCK_SIZE), 1) * BLOCK_SIZE
+    least = _tokens_of_time(num_sequences * num_kv_heads, num_multiprocessors, share, size)
+    for parts in range(1, 9):
+        # sum(ceil(length / size)) <= sum(length) / size + num_sequences <= num_tiles
+        extra = tl.minimum(parts * num_multiprocessors // num_kv_heads, num_tiles - num_sequences)
+        tried = tl.cdiv(sum_of_lengths, tl.maximum(extra, 1)).to(tl.int32)
+        tried = tl.maximum(tl.cdiv(tried, BLOCK_SIZE), 1) * BLOCK_SIZE
+        count = tl.sum(tl.where(exists, tl.maximum(tl.cdiv(length, tried), 1), 0), 0)
+        cost = _tokens_of_time(count * num_kv_heads, num_multiprocessors, share, tried)
+        cost += split_cost * (3 + tl.cdiv(longest, tried))
+        if (cost < least) & (extra > 0):
+            least = cost
+            size = tried
     splits = tl.where(exists, tl.maximum(tl.cdiv(length, size), 1), 0)
     end = tl.cumsum(splits, 0)
     for split in range(tl.max(splits, 0)):
@@ -87,7 +118,7 @@ def _combine(
     is_row = row < num_rows
     column = tl.arange(0, BLOCK_D)
     piece = tl.arange(0, PIECES)
-    best = tl.full([USED_ROWS], -1e30, tl.float32)
+    best = tl.full([USED_ROWS], NOTHING, tl.float32)
     total = tl.zeros([USED_ROWS], tl.float32)
     acc = tl.zeros([USED_ROWS, BLOCK_D], tl.float32)
     for begin in range(0, splits, PIECES):
@@ -95,7 +126,7 @@ def _combine(
         place = slot + (begin + piece).to(tl.int64) * num_kv_heads
         stat = stats + (place * (2 * ROWS))[:, None] + row[None, :]
         is_stat = is_piece[:, None] & is_row[None, :]
-        largest = tl.load(stat, mask=is_stat, other=-1e30)
+        largest = tl.load(stat, mask=is_stat, other=NOTHING)
         totals = tl.load(stat + ROWS, mask=is_stat, other=0.0)
         values = tl.load(
             partial
@@ -148,7 +179,8 @@ def decode_attention(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    TMA: tl.constexpr,
+    COMBINED: tl.constexpr,
+    PAIRS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -156,7 +188,8 @@ def decode_attention(
 
     Arguments as of ``prefill_attention``, and as workspace: partial float32 [tiles, num_kv_heads, ROWS,
     BLOCK_D], stats float32 [tiles, num_kv_heads, 2, ROWS], arrivals int32 [sequences, num_kv_heads], which
-    are zero before and after. The program that finishes a sequence last adds up its splits.
+    are zero before and after. The program that finishes a sequence last adds up its splits, COMBINED numbers
+    at a time. PAIRS: the cache is E4M3, read as int16.
     """
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
@@ -178,18 +211,30 @@ def decode_attention(
     column = tl.arange(0, BLOCK_D)
     mask = is_row[:, None] & (column < HEAD_DIM)[None, :]
     query_row = (start + token).to(tl.int64)
-    rows = tl.load(
-        q + query_row[:, None] * q_stride + head[:, None] * HEAD_DIM + column[None, :], mask=mask, other=0.0
-    )
+    source = q + query_row[:, None] * q_stride + head[:, None] * HEAD_DIM
     table = block_tables + sequence.to(tl.int64) * table_stride
-    acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    largest = tl.full([ROWS], -1e30, tl.float32)
+    largest = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     position = context - num_tokens + token
-    acc, largest, total = attend(
-        rows, acc, largest, total, cache, table, first, last, position, kv_head, num_kv_heads,
-        scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, TMA, SOFTCAP, True, STAGES,
-    )  # fmt: skip
+    if PAIRS:
+        # See ``halves_of_pairs``.
+        scale *= 256.0
+        v_scale *= 256.0
+        pair = tl.arange(0, BLOCK_D // 2)
+        is_pair = is_row[:, None] & (pair < HEAD_DIM // 2)[None, :]
+        even = tl.load(source + 2 * pair[None, :], mask=is_pair, other=0.0).to(tl.float16)
+        odd = tl.load(source + 2 * pair[None, :] + 1, mask=is_pair, other=0.0).to(tl.float16)
+        acc, largest, total = attend_pairs(
+            even, odd, largest, total, cache, table, first, last, position, kv_head, num_kv_heads,
+            scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, STAGES,
+        )  # fmt: skip
+    else:
+        rows = tl.load(source + column[None, :], mask=mask, other=0.0)
+        acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
+        acc, largest, total = attend(
+            rows, acc, largest, total, cache, table, first, last, position, kv_head, num_kv_heads,
+            scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, True, STAGES,
+        )  # fmt: skip
 
     if splits == 1:
         place = out + query_row[:, None] * out_stride + head[:, None] * HEAD_DIM + column[None, :]
@@ -213,10 +258,10 @@ def decode_attention(
     if num_rows <= 4:
         _combine(
             out, partial, stats, sinks, slot, splits, num_rows, start, kv_head, v_scale, has_sinks, group,
-            num_kv_heads, out_stride, HEAD_DIM, BLOCK_D, ROWS, 4, 2048 // BLOCK_D,
+            num_kv_heads, out_stride, HEAD_DIM, BLOCK_D, ROWS, 4, COMBINED // (4 * BLOCK_D),
         )  # fmt: skip
     else:
         _combine(
             out, partial, stats, sinks, slot, splits, num_rows, start, kv_head, v_scale, has_sinks, group,
-            num_kv_heads, out_stride, HEAD_DIM, BLOCK_D, ROWS, ROWS, 512 // BLOCK_D,
+            num_kv_heads, out_stride, HEAD_DIM, BLOCK_D, ROWS, ROWS, max(COMBINED // (ROWS * BLOCK_D), 1),
         )  # fmt: skip

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from engine_runtime.kernels.triton.attention_tile import add_sink, attend
+from engine_runtime.kernels.triton.attention_tile import NOTHING, add_sink, attend
 
 
 @triton.jit
@@ -28,7 +28,6 @@ def prefill_attention(
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     ROWS: tl.constexpr,
-    TMA: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -36,7 +35,7 @@ def prefill_attention(
 
     tiles int32 [num_tiles, 4]: sequence (-1: nothing to do), row of the first token in q, number of tokens,
     and position of the first. q [T, q_stride], out [T, out_stride]; block_tables int32 [S, table_stride].
-    sinks float32 [num_heads], read if has_sinks. scale, cap: see ``attend``. v_scale: of an FP8 cache, else 1.
+    sinks float32 [num_heads], read if has_sinks. scale, cap: see ``attend``. v_scale: of an FP8 cache, or 1.
     """
     kv_head = tl.program_id(0)
     record = tiles + tl.program_id(1) * 4
@@ -68,20 +67,19 @@ def prefill_attention(
 
     table = block_tables + sequence.to(tl.int64) * table_stride
     acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
-    largest = tl.full([ROWS], -1e30, tl.float32)
+    largest = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
-    if seen > first:
-        acc, largest, total = attend(
-            rows, acc, largest, total, cache, table, first, tl.minimum(seen, high), position, kv_head,
-            num_kv_heads, scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, TMA, SOFTCAP, True, STAGES,
-        )  # fmt: skip
+    acc, largest, total = attend(
+        rows, acc, largest, total, cache, table, first, tl.minimum(seen, high), position, kv_head,
+        num_kv_heads, scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, True, STAGES,
+    )  # fmt: skip
     acc, largest, total = attend(
         rows, acc, largest, total, cache, table, seen, diagonal, position, kv_head, num_kv_heads,
-        scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, TMA, SOFTCAP, False, STAGES,
+        scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, False, STAGES,
     )  # fmt: skip
     acc, largest, total = attend(
         rows, acc, largest, total, cache, table, diagonal, high, position, kv_head, num_kv_heads,
-        scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, TMA, SOFTCAP, True, STAGES,
+        scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, True, STAGES,
     )  # fmt: skip
 
     shrink, total = add_sink(largest, total, sinks, head, has_sinks, is_row)

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import triton
 import triton.language as tl
 import triton.runtime.interpreter as interpreter
 
@@ -21,6 +22,7 @@ _TYPES = {
     "fp16": tl.float16,
     "fp32": tl.float32,
     "i32": tl.int32,
+    "i16": tl.int16,
     "fp8e4nv": tl.float8e4nv,
 }
 
@@ -63,8 +65,19 @@ class InterpretedLibrary:
     def __init__(self, specs: Sequence[KernelSpec], architecture: int = 80) -> None:
         self._specs = {spec.name: spec for spec in specs if architecture in spec.architectures}
 
+    def __contains__(self, name: str) -> bool:
+        return name in self._specs
+
     def get(self, name: str) -> InterpretedKernel:
         return InterpretedKernel(self._specs[name])
+
+
+@triton.jit
+def halves_of_pairs(pairs):  # type: ignore[no-untyped-def]
+    """What the PTX of ``attention_layout`` does, which cannot be interpreted."""
+    low = ((pairs & 0x80) << 8) | ((pairs & 0x7F) << 7)
+    high = (pairs & -32768) | ((pairs & 0x7F00) >> 1)
+    return low.to(tl.int16).to(tl.float16, bitcast=True), high.to(tl.int16).to(tl.float16, bitcast=True)
 
 
 class HostStream:

@@ -6,15 +6,19 @@ Triton decides when it is imported whether it interprets, so the kernels run in 
 from __future__ import annotations
 
 import importlib.util
+import math
 import os
 import subprocess
 import sys
+from fractions import Fraction
 from typing import Any
 
+import ml_dtypes
 import numpy as np
+import numpy.typing as npt
 import pytest
 
-from engine_runtime.kernels.attention_layout import BLOCK_SIZE
+from engine_runtime.kernels.attention_layout import BLOCK_SIZE, HALVES_OF_PAIRS, NOTHING
 from engine_runtime.kernels.gpu_attention import AttentionShape, PagedAttention
 from tests.engine_runtime.kernels.attention_cases import (
     AttentionCase,
@@ -41,16 +45,20 @@ def test_kernels_in_the_interpreter() -> None:
 class Untouched:
     """A library whose kernels are asked for their constants only."""
 
+    def __contains__(self, name: str) -> bool:
+        return True
+
     def get(self, name: str) -> Any:
         class Kernel:
-            constexprs = {"ROWS": 128, "HEADS": 8, "BLOCK_D": 128, "TMA": False}  # noqa: RUF012
+            constexprs = {"ROWS": 128, "HEADS": 8, "BLOCK_D": 128}  # noqa: RUF012
 
         return Kernel()
 
 
 def attention(**changes: Any) -> PagedAttention:
     values: dict[str, Any] = {
-        "num_heads": 32, "num_kv_heads": 8, "head_dim": 128, "dtype": "bf16", "kv_dtype": "same", "scale": 1.0,
+        "num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
+        "dtype": "bf16", "kv_dtype": "same", "scale": 1.0,
     }  # fmt: skip
     library: Any = Untouched()
     return PagedAttention(
@@ -65,8 +73,7 @@ def test_tiles_cover_each_token_once_and_start_with_the_longest() -> None:
     covered = []
     for sequence, row, count, position in tiles.tolist():
         assert 1 <= count <= 32
-        for token in range(count):
-            covered.append((sequence, row + token, position + token))
+        covered += [(sequence, row + token, position + token) for token in range(count)]
     expected = [
         (sequence, row, int(context_len[sequence] - query_start[sequence + 1] + row))
         for sequence in range(2, 6)
@@ -97,9 +104,41 @@ def test_shapes_without_a_kernel_are_refused(changes: dict[str, Any]) -> None:
         attention(**changes)
 
 
+def test_a_key_that_is_not_seen_has_a_logit_that_is_exact_times_any_factor() -> None:
+    assert math.frexp(NOTHING)[0] == -0.5
+    for factor in np.random.default_rng(0).uniform(1e-3, 10, 100).astype(np.float32).tolist():
+        product = Fraction(NOTHING) * Fraction(factor)
+        assert product == Fraction(float(np.float32(NOTHING) * np.float32(factor)))
+
+
+def test_pairs_of_fp8_are_taken_apart() -> None:
+    """Runs the instructions of the PTX on all numbers, two at a time."""
+    numbers = np.arange(256, dtype=np.uint8)
+    first, second = np.meshgrid(numbers, numbers)
+    pairs = first.astype(np.uint32) | second.astype(np.uint32) << 8
+    registers = {"$2": pairs | pairs[::-1] << 16}
+    operations = {"and": np.bitwise_and, "or": np.bitwise_or, "shl": np.left_shift, "shr": np.right_shift}
+    for line in HALVES_OF_PAIRS.strip("{}").split(";"):
+        name, _, operands = line.strip().partition(".b32 ")
+        if name in operations:
+            target, left, right = operands.split(", ")
+            value = registers[right] if right in registers else np.uint32(int(right, 0))
+            registers[target] = operations[name](registers[left], value)
+
+    def exact(numbers: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
+        values = numbers.view(ml_dtypes.float8_e4m3fn).astype(np.float32)
+        return np.where(np.isnan(values), np.copysign(480, values), values)  # there are none in the cache
+
+    for output, expected in (("$0", first), ("$1", second)):
+        halves = registers[output].view(np.float16).astype(np.float32) * 256
+        np.testing.assert_array_equal(halves[:, ::2], exact(expected))
+        np.testing.assert_array_equal(halves[:, 1::2], exact(expected[::-1]))
+
+
 def case_of(sequences: list[Sequence], num_decode: int, **changes: Any) -> AttentionCase:
     values: dict[str, Any] = {
-        "num_heads": 6, "num_kv_heads": 2, "head_dim": 64, "dtype": "fp16", "kv_dtype": "same", "scale": 0.125,
+        "num_heads": 6, "num_kv_heads": 2, "head_dim": 64,
+        "dtype": "fp16", "kv_dtype": "same", "scale": 0.125,
     }  # fmt: skip
     shape = AttentionShape(**(values | changes.pop("shape", {})))
     return AttentionCase(shape, sequences, num_decode, **changes)
@@ -107,12 +146,15 @@ def case_of(sequences: list[Sequence], num_decode: int, **changes: Any) -> Atten
 
 @in_the_interpreter
 class TestInterpreted:
-    def check(self, case: AttentionCase, num_multiprocessors: int = 2, num_plans: int = 1) -> None:
+    def check(
+        self, case: AttentionCase, num_multiprocessors: int = 2, num_plans: int = 1, **options: Any
+    ) -> None:
         from engine_runtime.kernels.triton.attention_specs import SPECS
         from tests.engine_runtime.kernels.interpreted_kernels import HostMemory, InterpretedLibrary
 
-        library = InterpretedLibrary(SPECS)
-        case.check(make_attention(library, case, num_multiprocessors), HostMemory(), num_plans)
+        library = InterpretedLibrary(SPECS, 89 if case.shape.kv_dtype == "fp8" else 80)
+        attention = make_attention(library, case, num_multiprocessors, **options)
+        case.check(attention, HostMemory(), num_plans)
 
     def test_decoding_alone_is_split(self) -> None:
         self.check(case_of([Sequence(1, 700)], 1), num_plans=2)
@@ -141,6 +183,20 @@ class TestInterpreted:
 
     def test_heads_that_are_padded(self) -> None:
         self.check(case_of([Sequence(1, 70), Sequence(20, 90)], 1, shape={"head_dim": 80}))
+
+    @pytest.mark.parametrize("use_candidates", [False, True])
+    def test_an_fp8_cache(self, use_candidates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        from engine_runtime.kernels.triton import attention_tile
+        from tests.engine_runtime.kernels.interpreted_kernels import halves_of_pairs
+
+        monkeypatch.setattr(attention_tile, "halves_of_pairs", halves_of_pairs)
+        sequences = [Sequence(1, 70), Sequence(2, 300), Sequence(1, 0), Sequence(20, 90)]
+        for head_dim in (64, 80):
+            shape = {"kv_dtype": "fp8", "head_dim": head_dim}
+            # The interpreter does not round up to FP8 correctly where a power of two is passed.
+            scales = {"k_scale": 2**-5, "v_scale": 2**-6, "is_exact": True}
+            case = case_of(sequences, 3, shape=shape, window=100, **scales)
+            self.check(case, use_candidates=use_candidates)
 
     @pytest.mark.parametrize("seed", range(4))
     def test_random_steps(self, seed: int) -> None:
