@@ -67,6 +67,8 @@ class Request:
         arrival_time: ``time.monotonic()`` when the front end accepted it.
         priority: lower runs first; equal priorities run in order of arrival.
         cache_salt: requests share prefix-cache blocks only with requests of the same salt.
+        generated_token_ids: what an engine generated before it died; generation goes on after these tokens,
+            and they are not reported again.
     """
 
     request_id: str
@@ -75,6 +77,7 @@ class Request:
     arrival_time: float = 0.0
     priority: int = 0
     cache_salt: str | None = None
+    generated_token_ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -55,9 +55,9 @@ class Sequence:
         self.request = request
         self.request_id = request.request_id
         self.order = (request.priority, request.arrival_time, arrival_number)
-        self.token_ids = list(request.prompt_token_ids)
-        self.num_prompt_tokens = len(self.token_ids)
-        self.num_tokens = self.num_prompt_tokens
+        self.token_ids = [*request.prompt_token_ids, *request.generated_token_ids]
+        self.num_prompt_tokens = len(request.prompt_token_ids)
+        self.num_tokens = len(self.token_ids)
         self.num_computed_tokens = 0
         self.max_num_tokens = min(self.num_prompt_tokens + params.max_tokens, max_num_tokens)
         self.min_num_tokens = self.num_prompt_tokens + params.min_tokens

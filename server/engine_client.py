@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -15,7 +16,7 @@ from typing import NoReturn
 
 from scheduler.messages import EngineOutput, EngineOutputs, EngineStats, ExecutorSpec, Request
 from server.config import ServerConfig
-from server.errors import EngineDeadError
+from server.errors import ApiError, EngineDeadError, InternalError
 from server.histogram import STEP_TOKENS_BUCKETS, Histogram
 from server.transport import ApiEnd, Kind, Progress, Ready, Start, TransportError, private_address
 
@@ -25,6 +26,7 @@ _log = logging.getLogger(__name__)
 _MAX_RESTARTS = 3
 _RESTART_WINDOW_S = 120.0
 _QUIT_GRACE_S = 5.0
+_MAX_DEATHS = 2
 _RETRY_S = 0.5
 # glibc asks the kernel for huge pages: a decode step on a CPU reads all weights, and spends a tenth less.
 _ENGINE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
@@ -35,32 +37,61 @@ class EngineStartError(Exception):
 
 
 class _Stream:
-    """Outputs of one request on their way to its consumer. Those that pile up are handed over as one."""
+    """Outputs of one request on their way to its consumer. Those that pile up are handed over as one.
 
-    __slots__ = ("_arrived", "_failure", "_pending")
+    Attributes:
+        is_submitted: whether the engine that runs now has the request, which has not ended.
+        has_ended: whether the last output has come.
+        num_deaths: engines that died with it.
+    """
 
-    def __init__(self) -> None:
+    __slots__ = ("_arrived", "_failure", "_num_cached_tokens", "_pending", "_request", "_token_ids",
+                 "has_ended", "is_submitted", "num_deaths")  # fmt: skip
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._token_ids: list[int] = []
+        self._num_cached_tokens: int | None = None
         self._pending: list[EngineOutput] = []
-        self._failure: str | None = None
+        self._failure: ApiError | None = None
         self._arrived = asyncio.Event()
+        self.is_submitted = True
+        self.has_ended = False
+        self.num_deaths = 0
 
     def put(self, output: EngineOutput) -> None:
+        if output.token_ids and self._num_cached_tokens is None:
+            self._num_cached_tokens = output.num_cached_tokens
+        if self.num_deaths:  # what a later engine finds in its cache is not what the client's prompt found
+            output = dataclasses.replace(output, num_cached_tokens=self._num_cached_tokens or 0)
+        self._token_ids += output.token_ids
         self._pending.append(output)
+        if output.finish_reason is not None:
+            self.is_submitted = False
+            self.has_ended = True
         self._arrived.set()
 
-    def fail(self, reason: str) -> None:
+    @property
+    def has_failed(self) -> bool:
+        return self._failure is not None
+
+    def fail(self, error: ApiError) -> None:
         """Nothing comes any more."""
-        self._failure = reason
+        self._failure = error
         self._arrived.set()
+
+    def remaining_request(self) -> Request:
+        """What another engine has to do."""
+        return dataclasses.replace(self._request, generated_token_ids=tuple(self._token_ids))
 
     async def get(self) -> EngineOutput:
-        """Raises EngineDeadError once the stream has failed and what came before it is handed over."""
+        """Raises the failure of the stream once what came before it is handed over."""
         await self._arrived.wait()
         pending, self._pending = self._pending, []
         if self._failure is None:
             self._arrived.clear()
         elif not pending:
-            raise EngineDeadError(self._failure)
+            raise self._failure
         return pending[0] if len(pending) == 1 else _joined(pending)
 
 
@@ -83,7 +114,9 @@ def _joined(outputs: list[EngineOutput]) -> EngineOutput:
 class ZmqEngineClient:
     """Runs one engine process and talks to it over ZeroMQ (implements ``server.engine_protocol``).
 
-    Requests that run when the engine dies end with an error; the engine is started again at once.
+    An engine that dies is started again at once, and gets what it was working on with the tokens so far:
+    greedy and seeded streams go on with the tokens that they would have had, and clients see a pause. A
+    request that ``_MAX_DEATHS`` engines died with may be what kills them: it ends with an error.
 
     Args:
         module: what the engine process runs; it gets the address of the line and our process id.
@@ -135,17 +168,18 @@ class ZmqEngineClient:
             self._supervisor.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
-        self._fail_streams("the server is shutting down")
+        self._fail_streams(EngineDeadError("the server is shutting down"))
 
     async def generate(self, request: Request) -> AsyncGenerator[EngineOutput, None]:
         """Outputs of a request until one has a finish reason. Closing the iterator aborts the request.
 
         Raises:
-            EngineDeadError: the engine is not running, or died meanwhile.
+            EngineDeadError: the engine is not running, or was given up meanwhile.
+            InternalError: engines died with this request.
         """
         if not self._is_ready or self._connection is None:
             raise EngineDeadError(self._failure or "the engine is not ready")
-        stream = self._streams[request.request_id] = _Stream()
+        stream = self._streams[request.request_id] = _Stream(request)
         is_finished = False
         try:
             self._connection.send(Kind.REQUEST, request)
@@ -173,11 +207,12 @@ class ZmqEngineClient:
                 reason = f"it cannot be run: {error}"
                 await asyncio.sleep(_RETRY_S)
             self._is_ready = False
-            self._fail_streams(reason)
+            self._keep_streams(reason)
             now = time.monotonic()
             died_too_often = len(ends) == _MAX_RESTARTS and now - ends[0] < _RESTART_WINDOW_S
             if self._spec is None or died_too_often:
                 self._failure = reason
+                self._fail_streams(EngineDeadError(reason))
                 self._on_failure(reason)
                 return
             ends.append(now)
@@ -222,6 +257,7 @@ class ZmqEngineClient:
             elif kind is Kind.READY:
                 self._spec = body.spec
                 self._is_ready = True
+                self._resume_streams(connection)
                 self._on_ready(body)
             elif kind is Kind.FAILED:
                 raise EngineStartError(body)
@@ -240,9 +276,25 @@ class ZmqEngineClient:
             if stream is not None:
                 stream.put(output)
 
-    def _fail_streams(self, reason: str) -> None:
+    def _keep_streams(self, reason: str) -> None:
+        """After the engine's end: keeps streams for the next one, but for those that may have caused it."""
+        for request_id, stream in self._streams.items():
+            stream.num_deaths += stream.is_submitted
+            stream.is_submitted = False
+            if stream.num_deaths >= _MAX_DEATHS:
+                _log.error("request %s: %d engines died with it (%s)", request_id, stream.num_deaths, reason)
+                stream.fail(InternalError())
+        self.stats = EngineStats()
+
+    def _resume_streams(self, connection: ApiEnd) -> None:
         for stream in self._streams.values():
-            stream.fail(reason)
+            if not (stream.is_submitted or stream.has_ended or stream.has_failed):
+                stream.is_submitted = True
+                connection.send(Kind.REQUEST, stream.remaining_request())
+
+    def _fail_streams(self, error: ApiError) -> None:
+        for stream in self._streams.values():
+            stream.fail(error)
         self.stats = EngineStats()
 
 

@@ -186,6 +186,7 @@ def run_engine(address: str, parent_id: int) -> int:
             create_executor,
         )
         from scheduler.engine_core import EngineCore
+        from scheduler.executor import ExecutorLostError
 
         config: ServerConfig = start.config
         began = time.monotonic()
@@ -213,7 +214,13 @@ def run_engine(address: str, parent_id: int) -> int:
         gc.collect()
         gc.freeze()
         end.send(Kind.READY, Ready(executor.spec, plan.table(), time.monotonic() - began))
-        end.run(core)
+        try:
+            end.run(core)
+        except ExecutorLostError as error:
+            _log.critical("the engine ends: %s", error)
+            logging.shutdown()
+            end.close()
+            os._exit(1)  # what a lost device does to those who tidy up, nobody knows
         core.shutdown()
     finally:
         end.close()

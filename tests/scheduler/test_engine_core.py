@@ -5,10 +5,12 @@ from __future__ import annotations
 import inspect
 import itertools
 from concurrent.futures import Future
+from dataclasses import replace
 
 import pytest
 
 from scheduler.engine_core import EngineCore
+from scheduler.executor import ExecutorLostError
 from scheduler.hashing_executor import HashingExecutor, run_alone
 from scheduler.messages import (
     EngineOutput,
@@ -131,6 +133,38 @@ def test_each_call_of_step_counts_the_tokens_of_its_step(max_in_flight: int) -> 
     grown = [after - before for before, after in itertools.pairwise(totals)]
     assert [tokens for tokens in grown if tokens] == executor.num_tokens
     engine.shutdown()
+
+
+@IN_FLIGHT
+@pytest.mark.parametrize("stop_token_ids", [(), (1,)])
+def test_a_request_goes_on_after_the_tokens_that_another_engine_generated(
+    max_in_flight: int, stop_token_ids: tuple[int, ...]
+) -> None:
+    whole = request("r", seed=3, max_tokens=12, min_tokens=5, stop_token_ids=stop_token_ids, logprobs=1)
+    spec = HashingExecutor(64, 4).spec
+    expected, finish_reason = run_alone(whole, spec)
+    for num_known in range(len(expected)):
+        engine = EngineCore(HashingExecutor(64, 4, max_num_batched_tokens=16, max_in_flight=max_in_flight))
+        engine.add_request(replace(whole, generated_token_ids=tuple(expected[:num_known])))
+        outputs = drain(engine)["r"]
+        assert tokens(outputs) == expected[num_known:]
+        assert outputs[-1].finish_reason is finish_reason
+
+
+@IN_FLIGHT
+def test_a_lost_device_ends_the_loop(max_in_flight: int) -> None:
+    class Lost(HashingExecutor):
+        def execute(self, step: SchedulerOutput) -> Future[ModelRunnerOutput]:
+            if step.step_id < 3:
+                return super().execute(step)
+            future: Future[ModelRunnerOutput] = Future()
+            future.set_exception(ExecutorLostError("an illegal address was read"))
+            return future
+
+    engine = EngineCore(Lost(64, 4, max_in_flight=max_in_flight))
+    engine.add_request(request("r"))
+    with pytest.raises(ExecutorLostError, match="illegal address"):
+        drain(engine)
 
 
 @IN_FLIGHT

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from scheduler.hashing_executor import HashingExecutor, run_alone
-from scheduler.messages import FinishReason, Request, SamplingParams
+from scheduler.messages import EngineOutput, FinishReason, Request, SamplingParams
 from server.config import ServerConfig
 from server.engine_client import ZmqEngineClient
-from server.errors import EngineDeadError
+from server.errors import EngineDeadError, InternalError
 from server.transport import Progress, Ready
 
 
@@ -73,6 +73,11 @@ async def generated(client: ZmqEngineClient, asked: Request) -> list[int]:
     return [token async for output in client.generate(asked) for token in output.token_ids]
 
 
+async def drain(outputs: AsyncIterator[EngineOutput]) -> None:
+    async for _ in outputs:
+        pass
+
+
 async def test_requests_are_answered_together() -> None:
     wide = HashingExecutor(num_blocks=64, block_size=4, vocab_size=2).spec
     requests = [Request(f"r{i}", (1, 0, 1, i % 2), SamplingParams(seed=i, max_tokens=20)) for i in range(4)]
@@ -108,21 +113,55 @@ async def test_outputs_that_pile_up_come_as_one() -> None:
     assert [record.token_id for record in rest[0].logprobs or ()] == list(rest[0].token_ids)
 
 
-async def test_an_engine_that_is_killed_fails_its_requests_and_is_started_again() -> None:
+async def test_streams_go_on_when_the_engine_is_killed() -> None:
+    wide = HashingExecutor(num_blocks=64, block_size=4, vocab_size=2).spec
+    requests = [
+        Request(f"r{i}", (1, 0, 1, i % 2), SamplingParams(seed=i, max_tokens=100, logprobs=1))
+        for i in range(4)
+    ]
+    async with started() as watched:
+        client = watched.client
+        before = [client.generate(asked) for asked in requests]
+        seen = [list((await anext(outputs)).token_ids) for outputs in before]
+        await asyncio.sleep(0.1)
+        await watched.kill()
+        for tokens, outputs in zip(seen, before, strict=True):
+            async for output in outputs:
+                tokens += output.token_ids
+                assert [record.token_id for record in output.logprobs or ()] == list(output.token_ids)
+        assert seen == [run_alone(asked, wide)[0] for asked in requests]
+        assert output.finish_reason is FinishReason.LENGTH
+        await until(lambda: client.stats.num_running == 0)
+    assert watched.failures == []
+
+
+async def test_a_request_that_two_engines_died_with_fails() -> None:
     asked = Request("r", (1,), SamplingParams(max_tokens=200))
     async with started() as watched:
         client = watched.client
         outputs = client.generate(asked)
         await anext(outputs)
-        await asyncio.sleep(0.2)
         await watched.kill()
-        # What had come before it died is handed over, and then that no more will.
         assert (await anext(outputs)).token_ids
-        with pytest.raises(EngineDeadError, match="SIGKILL"):
-            await anext(outputs)
-        assert client.stats.num_running == 0
+        late = client.generate(Request("late", (1,), SamplingParams(max_tokens=200)))
+        await anext(late)
+        await watched.kill()
+        with pytest.raises(InternalError):
+            await drain(outputs)
+        assert len([token async for output in late for token in output.token_ids]) > 100
         assert len(await generated(client, asked)) == 200
-    assert watched.failures == []
+
+
+async def test_an_answer_that_is_complete_is_not_asked_for_again() -> None:
+    async with started() as watched:
+        outputs = watched.client.generate(Request("r", (1,), SamplingParams(max_tokens=20)))
+        tokens = list((await anext(outputs)).token_ids)
+        await asyncio.sleep(0.5)
+        await watched.kill()
+        async for output in outputs:
+            tokens += output.token_ids
+        assert len(tokens) == 20
+        assert watched.client.stats.steps_total == 0
 
 
 async def test_nothing_is_sent_to_an_engine_that_has_just_died() -> None:
