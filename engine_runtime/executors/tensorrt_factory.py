@@ -120,6 +120,7 @@ def _create(
         + attention.workspace_bytes
         + workspace
         + GpuSampler.device_bytes(max_rows, 2 * max_seqs)
+        + GpuSampler.most_bytes_later(model.vocab_size, 2 * max_seqs)
         + _GRAPHS_AND_CODE_BYTES
     )
     plan = make_plan(

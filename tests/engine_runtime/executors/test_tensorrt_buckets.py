@@ -1,0 +1,27 @@
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+
+from engine_runtime.executors.tensorrt_buckets import bucket_for, decode_buckets, token_buckets
+
+
+@pytest.mark.parametrize("largest", [1, 3, 16, 64, 200, 256, 257, 1000, 4096])
+def test_buckets_rise_to_the_largest_step(largest: int) -> None:
+    for buckets in (decode_buckets(largest), token_buckets(largest)):
+        assert buckets[-1] == largest
+        assert all(a < b for a, b in pairwise(buckets))
+
+
+def test_at_most_a_third_of_a_step_is_padding() -> None:
+    buckets = token_buckets(65536)
+    for number in range(97, 65537, 7):
+        assert bucket_for(buckets, number) <= number * 3 / 2
+    assert len(buckets) < 50
+
+
+def test_a_step_gets_the_smallest_bucket_that_holds_it() -> None:
+    assert [bucket_for((1, 4, 9), number) for number in (1, 2, 4, 5, 9)] == [1, 4, 4, 9, 9]
+    with pytest.raises(ValueError, match="10 is more than the largest bucket, 9"):
+        bucket_for((1, 4, 9), 10)
