@@ -2,9 +2,9 @@
 
 A program lives as long as the launch and takes one unit (a tile and a KV head) after the other. One warp
 copies keys and values to shared memory, 128 positions at a time, as far ahead as there is room: into the next
-unit too. Two groups of four warps compute 64 rows each. Each multiplies with the keys of the next step while
-it computes the weights of this one, after FlashAttention-3 (arXiv:2407.08608), so that tensor cores and
-exponentials overlap, within a group and between the two.
+unit too. Two groups of four warps compute 64 rows each: while one has its exponentials, the other multiplies.
+The order of a step is that of FlashAttention-3 (arXiv:2407.08608), which would let a group overlap the two by
+itself; the assembler waits for the products first in all but the last steps of a unit.
 """
 
 from triton.experimental import gluon
@@ -125,9 +125,9 @@ def _add_values(left, right, values, stage, acc):
 
 @gluon.jit
 def _weigh(
-    left, right, largest, total, key, position, low, scale, cap, window, num_tokens,
-    SOFTCAP: gl.constexpr, BLOCK_SIZE: gl.constexpr, LOGITS: gl.constexpr, OPERAND: gl.constexpr,
-    DTYPE: gl.constexpr,
+    left, right, largest, total, key, position, scale, cap, window,
+    MASKED: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_SIZE: gl.constexpr, LOGITS: gl.constexpr,
+    OPERAND: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, for keys at ``key`` and following; see ``attention_tile.weigh``."""
     if SOFTCAP:
@@ -136,7 +136,7 @@ def _weigh(
         factor = 1.0
     else:
         factor = scale
-    if (key + 2 * BLOCK_SIZE > low + 1) | ((window > 0) & (key <= low + num_tokens - 1 - window)):
+    if MASKED:
         column = key + gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LOGITS))[None, :]
         row = position[:, None]
         visible = (column <= row) & ((window == 0) | (column > row - window))
@@ -152,6 +152,41 @@ def _weigh(
     left_weights = gl.convert_layout(left.to(DTYPE), OPERAND)
     right_weights = gl.convert_layout(right.to(DTYPE), OPERAND)
     return left_weights, right_weights, shrink, new_largest, total
+
+
+@gluon.jit
+def _attend(
+    rows, acc, left_weights, right_weights, largest, total, keys, values, k_full, k_empty, v_full, v_empty,
+    step, key, num_steps, position, scale, cap, window,
+    MASKED: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    LOGITS: gl.constexpr, OUTPUT: gl.constexpr, OPERAND: gl.constexpr, DTYPE: gl.constexpr,
+):  # fmt: skip
+    """``num_steps`` steps: each adds the values of the step before, and computes the weights of its own.
+
+    There is no branch while products are in flight, because the assembler waits for all of them where two
+    paths meet. So whether keys are masked is decided outside.
+    """
+    for _ in range(num_steps):
+        old_stage = step % STAGES
+        old_phase = (step // STAGES) & 1
+        step += 1
+        key += STEP_BLOCKS * BLOCK_SIZE
+        stage = step % STAGES
+        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
+        left, right = _logits(rows, keys, stage, LOGITS, BLOCK_SIZE)
+        mbarrier.wait(v_full.index(old_stage), old_phase)
+        acc = _add_values(left_weights, right_weights, values, old_stage, acc)
+        left, right = warpgroup_mma_wait(2, deps=[left, right])
+        mbarrier.arrive(k_empty.index(stage), count=1)
+        new_left, new_right, shrink, largest, total = _weigh(
+            left, right, largest, total, key, position, scale, cap, window,
+            MASKED, SOFTCAP, BLOCK_SIZE, LOGITS, OPERAND, DTYPE,
+        )  # fmt: skip
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        mbarrier.arrive(v_empty.index(old_stage), count=1)
+        acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
+        left_weights, right_weights = new_left, new_right
+    return acc, left_weights, right_weights, largest, total, step, key
 
 
 @gluon.jit
@@ -207,12 +242,12 @@ def _compute(
     PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     num_units = num_tiles * num_kv_heads
     step = 0
-    exists, kv_head, _, first_row, num_tokens, low = _unit(_index(0), tiles, num_units, num_kv_heads)
+    exists, kv_head, _sequence, first_row, num_tokens, low = _unit(_index(0), tiles, num_units, num_kv_heads)
     plain = _load_rows(
         q, exists, kv_head, first_row, num_tokens, group, q_stride, FIRST, HEAD_DIM, BLOCK_D, PLAIN
     )
     for turn in range(gl.cdiv(num_units, gl.num_programs(0))):
-        next_exists, next_kv_head, _, next_first_row, next_num_tokens, next_low = _unit(
+        next_exists, next_kv_head, _sequence, next_first_row, next_num_tokens, next_low = _unit(
             _index(turn + 1), tiles, num_units, num_kv_heads
         )
         row = FIRST + gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
@@ -230,30 +265,31 @@ def _compute(
             left, right = _logits(rows, keys, stage, LOGITS, BLOCK_SIZE)
             left, right = warpgroup_mma_wait(0, deps=[left, right])
             mbarrier.arrive(k_empty.index(stage), count=1)
-            left_weights, right_weights, _, largest, total = _weigh(
-                left, right, largest, total, key, position, low, scale, cap, window, num_tokens,
-                SOFTCAP, BLOCK_SIZE, LOGITS, WEIGHTS, DTYPE,
+            left_weights, right_weights, _shrink, largest, total = _weigh(
+                left, right, largest, total, key, position, scale, cap, window,
+                True, SOFTCAP, BLOCK_SIZE, LOGITS, WEIGHTS, DTYPE,
             )  # fmt: skip
-            for _ in range(1, num_steps):
-                old_stage = step % STAGES
-                old_phase = (step // STAGES) & 1
-                step += 1
-                key += STEP_BLOCKS * BLOCK_SIZE
-                stage = step % STAGES
-                mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-                left, right = _logits(rows, keys, stage, LOGITS, BLOCK_SIZE)
-                mbarrier.wait(v_full.index(old_stage), old_phase)
-                acc = _add_values(left_weights, right_weights, values, old_stage, acc)
-                left, right = warpgroup_mma_wait(2, deps=[left, right])
-                mbarrier.arrive(k_empty.index(stage), count=1)
-                new_left, new_right, shrink, largest, total = _weigh(
-                    left, right, largest, total, key, position, low, scale, cap, window, num_tokens,
-                    SOFTCAP, BLOCK_SIZE, LOGITS, WEIGHTS, DTYPE,
-                )  # fmt: skip
-                acc = warpgroup_mma_wait(0, deps=[acc])
-                mbarrier.arrive(v_empty.index(old_stage), count=1)
-                acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
-                left_weights, right_weights = new_left, new_right
+            # Steps [1, seen) cut the window, [seen, diagonal) are visible to all rows, the rest are diagonal.
+            width: gl.constexpr = STEP_BLOCKS * BLOCK_SIZE
+            hidden = gl.maximum(low + num_tokens - window - key, 0)
+            seen = gl.where(window > 0, gl.cdiv(hidden, width), 0)
+            seen = gl.maximum(gl.minimum(seen, num_steps), 1)
+            diagonal = gl.maximum((low + 1 - key) // width, seen)
+            acc, left_weights, right_weights, largest, total, step, key = _attend(
+                rows, acc, left_weights, right_weights, largest, total, keys, values, k_full, k_empty, v_full,
+                v_empty, step, key, seen - 1, position, scale, cap, window,
+                True, SOFTCAP, BLOCK_SIZE, STAGES, LOGITS, OUTPUT, WEIGHTS, DTYPE,
+            )  # fmt: skip
+            acc, left_weights, right_weights, largest, total, step, key = _attend(
+                rows, acc, left_weights, right_weights, largest, total, keys, values, k_full, k_empty, v_full,
+                v_empty, step, key, diagonal - seen, position, scale, cap, window,
+                False, SOFTCAP, BLOCK_SIZE, STAGES, LOGITS, OUTPUT, WEIGHTS, DTYPE,
+            )  # fmt: skip
+            acc, left_weights, right_weights, largest, total, step, key = _attend(
+                rows, acc, left_weights, right_weights, largest, total, keys, values, k_full, k_empty, v_full,
+                v_empty, step, key, num_steps - diagonal, position, scale, cap, window,
+                True, SOFTCAP, BLOCK_SIZE, STAGES, LOGITS, OUTPUT, WEIGHTS, DTYPE,
+            )  # fmt: skip
             stage = step % STAGES
             mbarrier.wait(v_full.index(stage), (step // STAGES) & 1)
             acc = _add_values(left_weights, right_weights, values, stage, acc)
