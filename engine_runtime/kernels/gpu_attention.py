@@ -218,7 +218,7 @@ class PagedAttention:
         """Rotates the queries in ``qkv`` in place; rotates the keys and writes keys and values to the cache.
 
         Args:
-            qkv: [num_tokens, shape.qkv_size]: query heads, key heads, value heads.
+            qkv: [num_tokens, shape.qkv_size], at least one: query heads, key heads, value heads.
             positions: int32 [num_tokens], below the length of the tables.
             slots: int32 [num_tokens]: block * block_size + place in the block; -1: the token is padding and
                 not cached.
@@ -232,7 +232,15 @@ class PagedAttention:
         )  # fmt: skip
 
     def plan_decode(self, stream: Stream, batch: DecodeBatch) -> None:
-        """Cuts the contexts into equal parts: once a step, before the ``decode`` of its layers."""
+        """Cuts the contexts into equal parts: once a step, before the ``decode`` of its layers.
+
+        Raises:
+            ValueError: more sequences than ``max_sequences``.
+        """
+        if batch.num_sequences > self._max_sequences:
+            raise ValueError(
+                f"{batch.num_sequences} sequences, and the workspace is for {self._max_sequences}"
+            )
         for window, index in self._windows.items():
             self._plan.launch(
                 (1, 1, 1), stream,

@@ -19,7 +19,7 @@ import numpy.typing as npt
 import pytest
 
 from engine_runtime.kernels.attention_layout import BLOCK_SIZE, HALVES_OF_PAIRS, NOTHING
-from engine_runtime.kernels.gpu_attention import AttentionShape, PagedAttention
+from engine_runtime.kernels.gpu_attention import AttentionShape, DecodeBatch, PagedAttention
 from tests.engine_runtime.kernels.attention_cases import (
     AttentionCase,
     Sequence,
@@ -102,6 +102,12 @@ def test_the_cache_takes_what_the_scheduler_is_told() -> None:
 def test_shapes_without_a_kernel_are_refused(changes: dict[str, Any]) -> None:
     with pytest.raises(ValueError, match="GPU kernel"):
         attention(**changes)
+
+
+def test_more_sequences_than_the_workspace_holds_are_refused() -> None:
+    stream: Any = None
+    with pytest.raises(ValueError, match="257 sequences, and the workspace is for 256"):
+        attention().plan_decode(stream, DecodeBatch(257, 0, 0, 0, 0))
 
 
 def test_a_key_that_is_not_seen_has_a_logit_that_is_exact_times_any_factor() -> None:
