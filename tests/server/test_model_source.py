@@ -97,7 +97,8 @@ def test_paths(tmp_path: Path) -> None:
     assert find_model(str(folder)).name == "my-model"
 
 
-def test_what_is_refused(tmp_path: Path) -> None:
+def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
     pickle = tmp_path / "pytorch_model.bin"
     pickle.touch()
     with pytest.raises(ModelSourceError, match="never read"):
