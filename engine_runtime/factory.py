@@ -35,12 +35,12 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
     checkpoint = open_checkpoint(config.model_path)
     try:
         if _wants_gpu(config):
-            from engine_runtime.executors.tensorrt_factory import create_gpu_executor, open_gpu
+            from engine_runtime.executors.tensorrt.factory import create_gpu_executor, open_gpu
 
             device = open_gpu(is_required=config.device == "cuda")
             if device is not None:
                 return create_gpu_executor(config, device, checkpoint.config, checkpoint, report)
-        from engine_runtime.executors.onnxruntime_factory import create_cpu_executor
+        from engine_runtime.executors.onnxruntime.factory import create_cpu_executor
 
         return create_cpu_executor(config, checkpoint, report)
     finally:

@@ -20,8 +20,8 @@ from typing import Any
 import numpy as np
 
 from engine_runtime.cuda import CudaDevice, Event
-from engine_runtime.executors.tensorrt import TensorRTExecutor
-from engine_runtime.executors.tensorrt_factory import create_gpu_executor
+from engine_runtime.executors.tensorrt.executor import TensorRTExecutor
+from engine_runtime.executors.tensorrt.factory import create_gpu_executor
 from engine_runtime.model_config import LayerConfig, ModelConfig
 from engine_runtime.rope import RopeConfig
 from engine_runtime.runtime_config import RuntimeConfig

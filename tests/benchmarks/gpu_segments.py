@@ -26,12 +26,12 @@ import numpy as np
 from cuda.bindings import driver
 
 from engine_runtime.cuda import CudaDevice, DeviceBuffer, Event, Stream, checked
-from engine_runtime.executors.tensorrt_cache import EngineCache
-from engine_runtime.executors.tensorrt_kernel_forms import Quantization
-from engine_runtime.executors.tensorrt_library import tensorrt_version
-from engine_runtime.executors.tensorrt_segment import BoundSegment
-from engine_runtime.executors.tensorrt_tactics import SegmentFactory, Tactic
-from engine_runtime.executors.tensorrt_weights import DeviceWeights, WeightPlan
+from engine_runtime.executors.tensorrt.engine_cache import EngineCache
+from engine_runtime.executors.tensorrt.kernel_forms import Quantization
+from engine_runtime.executors.tensorrt.library import tensorrt_version
+from engine_runtime.executors.tensorrt.segment import BoundSegment
+from engine_runtime.executors.tensorrt.tactics import SegmentFactory, Tactic
+from engine_runtime.executors.tensorrt.weights import DeviceWeights, WeightPlan
 from engine_runtime.kernels.kernel_library import KernelLibrary
 from engine_runtime.model_config import LayerConfig, ModelConfig
 from engine_runtime.rope import RopeConfig

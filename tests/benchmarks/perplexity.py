@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 from onnx import helper, numpy_helper
 
-from engine_runtime.executors.cpu_limits import usable_cores
-from engine_runtime.executors.decoder_graph import DecoderGraph, build_decoder, transpose_weights
-from engine_runtime.executors.decoder_session import DecoderSession
-from engine_runtime.executors.embedding import EmbeddingTable
-from engine_runtime.executors.quantization import fuse_quantized, quantize_matmuls
+from engine_runtime.executors.onnxruntime.cpu_limits import usable_cores
+from engine_runtime.executors.onnxruntime.decoder_graph import DecoderGraph, build_decoder, transpose_weights
+from engine_runtime.executors.onnxruntime.decoder_session import DecoderSession
+from engine_runtime.executors.onnxruntime.embedding import EmbeddingTable
+from engine_runtime.executors.onnxruntime.quantization import fuse_quantized, quantize_matmuls
 from engine_runtime.kernels.cpu import StepLayout, allocate_kv_cache
 from engine_runtime.weights.checkpoint import Checkpoint, open_checkpoint
 from server.model_source import fetch_default_model

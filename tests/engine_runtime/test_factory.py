@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from engine_runtime.executors import onnxruntime_factory as factory
-from engine_runtime.executors.onnxruntime_factory import plan_cpu_memory
+from engine_runtime.executors.onnxruntime import factory
+from engine_runtime.executors.onnxruntime.factory import plan_cpu_memory
 from engine_runtime.factory import (
     CheckpointError,
     MemoryPlanError,

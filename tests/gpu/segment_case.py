@@ -12,7 +12,7 @@ import numpy.typing as npt
 from onnx.reference import ReferenceEvaluator
 
 from engine_runtime.cuda import DeviceBuffer, Stream
-from engine_runtime.executors.tensorrt_segment import DeviceSegment
+from engine_runtime.executors.tensorrt.segment import DeviceSegment
 from engine_runtime.model_config import LayerConfig, ModelConfig
 from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import DType, Segment, SegmentKind

@@ -147,7 +147,7 @@ def test_nothing_of_torch_or_triton_is_loaded(executor: Executor) -> None:
     import sys
 
     script = (
-        "import sys, engine_runtime.executors.tensorrt_factory; "
+        "import sys, engine_runtime.executors.tensorrt.factory; "
         "print(sorted({name.split('.')[0] for name in sys.modules} & {'torch', 'triton'}))"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)

@@ -13,19 +13,19 @@ from tests.gpu.gpu_found import skip_without_gpu
 pytestmark = skip_without_gpu
 
 from engine_runtime.cuda import CudaDevice, DeviceBuffer, Stream  # noqa: E402
-from engine_runtime.executors.tensorrt_cache import EngineCache  # noqa: E402
-from engine_runtime.executors.tensorrt_kernel_forms import (  # noqa: E402
+from engine_runtime.executors.tensorrt.engine_cache import EngineCache  # noqa: E402
+from engine_runtime.executors.tensorrt.kernel_forms import (  # noqa: E402
     Projection,
     Quantization,
     candidates,
     parse_forms,
     projections,
 )
-from engine_runtime.executors.tensorrt_kernel_segment import KernelSegment  # noqa: E402
-from engine_runtime.executors.tensorrt_segment import TrtSegment  # noqa: E402
-from engine_runtime.executors.tensorrt_tactics import SegmentFactory  # noqa: E402
-from engine_runtime.executors.tensorrt_weights import DeviceWeights, WeightPlan, load_weights  # noqa: E402
-from engine_runtime.executors.trt_builder import TrtBuilder  # noqa: E402
+from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment  # noqa: E402
+from engine_runtime.executors.tensorrt.segment import TrtSegment  # noqa: E402
+from engine_runtime.executors.tensorrt.tactics import SegmentFactory  # noqa: E402
+from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder  # noqa: E402
+from engine_runtime.executors.tensorrt.weights import DeviceWeights, WeightPlan, load_weights  # noqa: E402
 from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError  # noqa: E402
 from engine_runtime.model_config import ModelConfig  # noqa: E402
 from engine_runtime.models.architectures import ARCHITECTURES  # noqa: E402

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_runtime.executors import cpu_limits
+from engine_runtime.executors.onnxruntime import cpu_limits
 
 
 @pytest.fixture

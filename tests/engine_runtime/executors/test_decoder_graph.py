@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from engine_runtime.executors.decoder_graph import build_decoder, transpose_weights
+from engine_runtime.executors.onnxruntime.decoder_graph import build_decoder, transpose_weights
 from engine_runtime.weights.checkpoint import open_checkpoint
 from tests.reference.tiny_checkpoints import CONFIGS, write_tiny_checkpoint
 

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine_runtime.executors.embedding import EmbeddingTable
+from engine_runtime.executors.onnxruntime.embedding import EmbeddingTable
 
 _TABLE = np.random.default_rng(0).standard_normal((10, 32)).astype(np.float32)
 _IDS = np.array([3, 3, 9, 0], np.int32)

@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from engine_runtime.executors.input_batch import InputBatch
+from engine_runtime.executors.onnxruntime.input_batch import InputBatch
 from engine_runtime.executors.sequence_table import Share
 from scheduler.messages import NewSequence, SamplingParams, ScheduledSequence, SchedulerOutput
 

@@ -10,7 +10,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from engine_runtime.executors.onnxruntime import OnnxRuntimeExecutor
+from engine_runtime.executors.onnxruntime.executor import OnnxRuntimeExecutor
 from scheduler.executor import Executor
 from scheduler.messages import (
     ModelRunnerOutput,

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from engine_runtime.executors.ort_api import OnnxRuntimeError, ort_api
-from engine_runtime.executors.ort_session import OrtSession, external_initializer, packs_matrices
+from engine_runtime.executors.onnxruntime.ort_api import OnnxRuntimeError, ort_api
+from engine_runtime.executors.onnxruntime.ort_session import OrtSession, external_initializer, packs_matrices
 
 _WEIGHT = np.arange(12, dtype=np.float32).reshape(3, 4)
 

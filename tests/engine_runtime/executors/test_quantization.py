@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine_runtime.executors.decoder_graph import DecoderGraph, build_decoder, transpose_weights
-from engine_runtime.executors.decoder_session import DecoderSession
-from engine_runtime.executors.quantization import (
+from engine_runtime.executors.onnxruntime.decoder_graph import DecoderGraph, build_decoder, transpose_weights
+from engine_runtime.executors.onnxruntime.decoder_session import DecoderSession
+from engine_runtime.executors.onnxruntime.quantization import (
     fuse_quantized,
     quantize_matmuls,
     quantize_weight,

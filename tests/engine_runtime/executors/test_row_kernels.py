@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pytest
 from onnx import helper
 
-from engine_runtime.executors import row_kernels
-from engine_runtime.executors.decoder_session import OPERATORS, ROW_KERNELS
-from engine_runtime.executors.operators import DOMAIN, OperatorTable, compiled
-from engine_runtime.executors.ort_session import ELEMENT_TYPES, OrtSession
+from engine_runtime.executors.onnxruntime import row_kernels
+from engine_runtime.executors.onnxruntime.decoder_session import OPERATORS, ROW_KERNELS
+from engine_runtime.executors.onnxruntime.operators import DOMAIN, OperatorTable, compiled
+from engine_runtime.executors.onnxruntime.ort_session import ELEMENT_TYPES, OrtSession
 
 _RNG = np.random.default_rng(0)
 Array = npt.NDArray[Any]

@@ -7,7 +7,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install -e '.[gpu]'")
 
-from engine_runtime.executors.tensorrt_batch import ArrangedRun, DeviceBatch, StepShape
+from engine_runtime.executors.tensorrt.batch import ArrangedRun, DeviceBatch, StepShape
 from engine_runtime.kernels.numpy_types import Int32Array
 from scheduler.messages import NewSequence, SamplingParams, ScheduledSequence, SchedulerOutput
 

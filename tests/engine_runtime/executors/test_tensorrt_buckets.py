@@ -4,7 +4,7 @@ from itertools import pairwise
 
 import pytest
 
-from engine_runtime.executors.tensorrt_buckets import bucket_for, decode_buckets, token_buckets
+from engine_runtime.executors.tensorrt.buckets import bucket_for, decode_buckets, token_buckets
 
 
 @pytest.mark.parametrize("largest", [1, 3, 16, 64, 200, 256, 257, 1000, 4096])

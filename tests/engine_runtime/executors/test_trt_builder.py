@@ -7,8 +7,8 @@ import time
 
 import pytest
 
-from engine_runtime.executors.tensorrt_library import TensorRTError
-from engine_runtime.executors.trt_builder import TrtBuilder
+from engine_runtime.executors.tensorrt.library import TensorRTError
+from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder
 from engine_runtime.models.build import build_segment
 from tests.engine_runtime.tiny_configs import tiny_config
 

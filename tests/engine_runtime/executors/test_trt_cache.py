@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from engine_runtime.executors.tensorrt_cache import (
+from engine_runtime.executors.tensorrt.engine_cache import (
     CacheKey,
     EngineCache,
     compiled_kernels_key,
     default_cache_folder,
     segment_key,
 )
-from engine_runtime.executors.trt_builder import TrtBuilder
+from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder
 from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import Segment
 from tests.engine_runtime.tiny_configs import tiny_config

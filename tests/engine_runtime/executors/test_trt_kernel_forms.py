@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[kernels]'")
 
-from engine_runtime.executors.tensorrt_kernel_forms import (
+from engine_runtime.executors.tensorrt.kernel_forms import (
     candidates,
     first_guess,
     is_computable,

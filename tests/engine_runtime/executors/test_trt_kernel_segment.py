@@ -17,8 +17,8 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
 
-from engine_runtime.executors.tensorrt_kernel_forms import Quantization, candidates, parse_forms, projections
-from engine_runtime.executors.tensorrt_kernel_segment import KernelSegment, UnsupportedSegmentError
+from engine_runtime.executors.tensorrt.kernel_forms import Quantization, candidates, parse_forms, projections
+from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment, UnsupportedSegmentError
 from engine_runtime.models.architectures import ARCHITECTURES
 from engine_runtime.models.segment import SegmentKind
 from tests.engine_runtime.tiny_configs import tiny_config

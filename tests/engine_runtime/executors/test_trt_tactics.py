@@ -12,11 +12,11 @@ import pytest
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install -e '.[gpu]'")
 
-from engine_runtime.executors import tensorrt_tactics
-from engine_runtime.executors.tensorrt_cache import EngineCache
-from engine_runtime.executors.tensorrt_kernel_segment import KernelSegment, UnsupportedSegmentError
-from engine_runtime.executors.tensorrt_tactics import SegmentFactory, Tactic
-from engine_runtime.executors.trt_builder import TrtBuilder
+from engine_runtime.executors.tensorrt import tactics as tensorrt_tactics
+from engine_runtime.executors.tensorrt.engine_cache import EngineCache
+from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment, UnsupportedSegmentError
+from engine_runtime.executors.tensorrt.tactics import SegmentFactory, Tactic
+from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder
 from engine_runtime.model_config import ModelConfig
 from tests.engine_runtime.tiny_configs import tiny_config
 

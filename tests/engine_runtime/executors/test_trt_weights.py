@@ -13,7 +13,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
 
-from engine_runtime.executors.tensorrt_weights import (
+from engine_runtime.executors.tensorrt.weights import (
     StoredTensor,
     WeightPlan,
     convert,

@@ -6,7 +6,7 @@ import threading
 from collections.abc import Sequence
 from typing import Any
 
-from engine_runtime.executors.tensorrt_library import TensorRTError, tensorrt, tensorrt_log
+from engine_runtime.executors.tensorrt.library import TensorRTError, tensorrt, tensorrt_log
 from engine_runtime.models.segment import Segment
 
 ComputeCapability = tuple[int, int]

@@ -21,7 +21,7 @@ import numpy.typing as npt
 from cuda.bindings import driver
 
 from engine_runtime.cuda import DeviceBuffer, Event, PinnedBuffer, Stream, checked
-from engine_runtime.executors.tensorrt_kernel_forms import Quantization
+from engine_runtime.executors.tensorrt.kernel_forms import Quantization
 from engine_runtime.kernels.kernel_library import Kernel, KernelLibrary, KernelsMissingError
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.build import build_segment

@@ -13,7 +13,7 @@ import numpy.typing as npt
 from engine_runtime.cuda import DeviceBuffer, PinnedBuffer, Stream
 from engine_runtime.executors.sequence_state import SequenceState
 from engine_runtime.executors.sequence_table import SequenceTable, Share
-from engine_runtime.executors.tensorrt_buckets import bucket_for
+from engine_runtime.executors.tensorrt.buckets import bucket_for
 from engine_runtime.kernels.numpy_types import Int32Array
 from scheduler.messages import SchedulerOutput
 

@@ -17,7 +17,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from engine_runtime.cuda import Stream
-from engine_runtime.executors.tensorrt_kernel_forms import (
+from engine_runtime.executors.tensorrt.kernel_forms import (
     GemmForm,
     Projection,
     Quantization,

@@ -13,27 +13,27 @@ from typing import Any, Literal
 from cuda.bindings import driver
 
 from engine_runtime.cuda import CudaDevice, Event, Stream, checked
-from engine_runtime.executors.tensorrt_cache import (
+from engine_runtime.executors.tensorrt.engine_cache import (
     CacheKey,
     EngineCache,
     compiled_kernels_key,
     segment_key,
 )
-from engine_runtime.executors.tensorrt_kernel_forms import (
+from engine_runtime.executors.tensorrt.kernel_forms import (
     Projection,
     Quantization,
     candidates,
     parse_forms,
     projections,
 )
-from engine_runtime.executors.tensorrt_kernel_segment import (
+from engine_runtime.executors.tensorrt.kernel_segment import (
     BoundKernelSegment,
     KernelSegment,
     UnsupportedSegmentError,
 )
-from engine_runtime.executors.tensorrt_library import TensorRTError, tensorrt_version
-from engine_runtime.executors.tensorrt_segment import BoundSegment, DeviceSegment, TrtSegment
-from engine_runtime.executors.trt_builder import TrtBuilder
+from engine_runtime.executors.tensorrt.library import TensorRTError, tensorrt_version
+from engine_runtime.executors.tensorrt.segment import BoundSegment, DeviceSegment, TrtSegment
+from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder
 from engine_runtime.kernels.kernel_library import KernelLibrary
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.build import build_segment

@@ -6,9 +6,9 @@ from concurrent.futures import Future
 
 import numpy as np
 
-from engine_runtime.executors.decoder_session import DecoderSession
-from engine_runtime.executors.embedding import EmbeddingTable
-from engine_runtime.executors.input_batch import InputBatch
+from engine_runtime.executors.onnxruntime.decoder_session import DecoderSession
+from engine_runtime.executors.onnxruntime.embedding import EmbeddingTable
+from engine_runtime.executors.onnxruntime.input_batch import InputBatch
 from engine_runtime.executors.sequence_table import Share
 from engine_runtime.kernels.numpy_types import Float32Array
 from engine_runtime.sampling import Sampler, SamplingRow

@@ -10,7 +10,7 @@ from typing import Any
 from llvmlite import ir
 from numba.core import types
 
-from engine_runtime.executors.native_call import native, pointer_to
+from engine_runtime.executors.onnxruntime.native_call import native, pointer_to
 from engine_runtime.kernels.cpu_simd import INT32, INT_VECTOR, LANES, VECTOR, constant_vector, float32x16
 
 _FLOAT = ir.FloatType()

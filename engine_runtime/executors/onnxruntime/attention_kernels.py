@@ -10,15 +10,15 @@ from __future__ import annotations
 import numpy as np
 from numba import carray
 
-from engine_runtime.executors.native_call import load_int64, void_pointer
-from engine_runtime.executors.operators import ADDRESSES, COLUMNS, EXTRA, ROTATION, ROWS
-from engine_runtime.executors.row_kernels import (
+from engine_runtime.executors.onnxruntime.native_call import load_int64, void_pointer
+from engine_runtime.executors.onnxruntime.operators import ADDRESSES, COLUMNS, EXTRA, ROTATION, ROWS
+from engine_runtime.executors.onnxruntime.row_kernels import (
     dequantize_rows,
     quantize_row_range,
     rows_of_task,
     scratch_of_task,
 )
-from engine_runtime.executors.step_record import (
+from engine_runtime.executors.onnxruntime.step_record import (
     BLOCK_TABLE_WIDTH,
     BLOCK_TABLES,
     CONTEXT_LEN,

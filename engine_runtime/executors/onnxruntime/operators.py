@@ -19,7 +19,7 @@ import numba
 import numpy as np
 import numpy.typing as npt
 
-from engine_runtime.executors.native_call import (
+from engine_runtime.executors.onnxruntime.native_call import (
     call_2,
     call_2_status,
     call_3_status,
@@ -27,8 +27,8 @@ from engine_runtime.executors.native_call import (
     load_int64,
     store_int64,
 )
-from engine_runtime.executors.ort_api import ort_api
-from engine_runtime.executors.ort_session import ELEMENT_TYPES
+from engine_runtime.executors.onnxruntime.ort_api import ort_api
+from engine_runtime.executors.onnxruntime.ort_session import ELEMENT_TYPES
 
 DOMAIN = "inflightd"
 MAX_KERNELS = 4

@@ -11,13 +11,32 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from engine_runtime.executors import attention_kernels as attention
-from engine_runtime.executors import row_kernels
-from engine_runtime.executors.decoder_graph import HIDDEN, LOGITS, SAMPLED_ROWS, DecoderGraph, StoredWeight
-from engine_runtime.executors.operators import ADDRESSES, DOMAIN, Operator, OperatorTable, compiled
-from engine_runtime.executors.ort_session import OrtSession, external_initializer, packs_matrices
-from engine_runtime.executors.quantization import quantize_weight
-from engine_runtime.executors.step_record import NUM_TASKS, SAMPLED, SEQUENCES, TOKENS, UNITS, StepRecord
+from engine_runtime.executors.onnxruntime import attention_kernels as attention
+from engine_runtime.executors.onnxruntime import row_kernels
+from engine_runtime.executors.onnxruntime.decoder_graph import (
+    HIDDEN,
+    LOGITS,
+    SAMPLED_ROWS,
+    DecoderGraph,
+    StoredWeight,
+)
+from engine_runtime.executors.onnxruntime.operators import (
+    ADDRESSES,
+    DOMAIN,
+    Operator,
+    OperatorTable,
+    compiled,
+)
+from engine_runtime.executors.onnxruntime.ort_session import OrtSession, external_initializer, packs_matrices
+from engine_runtime.executors.onnxruntime.quantization import quantize_weight
+from engine_runtime.executors.onnxruntime.step_record import (
+    NUM_TASKS,
+    SAMPLED,
+    SEQUENCES,
+    TOKENS,
+    UNITS,
+    StepRecord,
+)
 from engine_runtime.kernels.cpu import NO_WINDOW, KvCache, padded_head_dim
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.rope import RopeConfig, rope_tables

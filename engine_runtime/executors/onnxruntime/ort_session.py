@@ -14,7 +14,7 @@ import numpy.typing as npt
 import onnx
 from onnx import helper
 
-from engine_runtime.executors.ort_api import OrtApi, ort_api
+from engine_runtime.executors.onnxruntime.ort_api import OrtApi, ort_api
 
 # ONNX's numbers for tensor element types (onnx.proto, TensorProto.DataType).
 ELEMENT_TYPES: dict[np.dtype[Any], int] = {

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from engine_runtime.executors.tensorrt_library import tensorrt_version
-from engine_runtime.executors.trt_builder import TrtBuilder
+from engine_runtime.executors.tensorrt.library import tensorrt_version
+from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder
 from engine_runtime.models.segment import DType, Segment, SegmentKind
 
 _logger = logging.getLogger(__name__)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from engine_runtime.executors.cpu_limits import available_memory, return_freed_memory, usable_cores
-from engine_runtime.executors.decoder_graph import DecoderGraph, build_decoder, transpose_weights
-from engine_runtime.executors.decoder_session import DecoderSession
-from engine_runtime.executors.embedding import EmbeddingTable
 from engine_runtime.executors.memory_plan import MemoryPlan, make_plan
-from engine_runtime.executors.onnxruntime import OnnxRuntimeExecutor
-from engine_runtime.executors.quantization import fuse_quantized, quantize_matmuls
+from engine_runtime.executors.onnxruntime.cpu_limits import (
+    available_memory,
+    return_freed_memory,
+    usable_cores,
+)
+from engine_runtime.executors.onnxruntime.decoder_graph import DecoderGraph, build_decoder, transpose_weights
+from engine_runtime.executors.onnxruntime.decoder_session import DecoderSession
+from engine_runtime.executors.onnxruntime.embedding import EmbeddingTable
+from engine_runtime.executors.onnxruntime.executor import OnnxRuntimeExecutor
+from engine_runtime.executors.onnxruntime.quantization import fuse_quantized, quantize_matmuls
 from engine_runtime.kernels.cpu import (
     allocate_kv_cache,
     kv_block_bytes,

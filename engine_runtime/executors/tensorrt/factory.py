@@ -9,14 +9,14 @@ from typing import Literal
 
 from engine_runtime.cuda import CudaDevice, CudaError, NoDeviceError, Stream
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError, make_plan
-from engine_runtime.executors.tensorrt import MAX_IN_FLIGHT, TensorRTExecutor
-from engine_runtime.executors.tensorrt_batch import DeviceBatch, StepInputs
-from engine_runtime.executors.tensorrt_buckets import decode_buckets, token_buckets
-from engine_runtime.executors.tensorrt_cache import EngineCache
-from engine_runtime.executors.tensorrt_decoder import DeviceDecoder, KvCache, buffer_sizes
-from engine_runtime.executors.tensorrt_library import TensorRTError
-from engine_runtime.executors.tensorrt_tactics import SegmentFactory
-from engine_runtime.executors.tensorrt_weights import DeviceWeights, WeightPlan
+from engine_runtime.executors.tensorrt.batch import DeviceBatch, StepInputs
+from engine_runtime.executors.tensorrt.buckets import decode_buckets, token_buckets
+from engine_runtime.executors.tensorrt.decoder import DeviceDecoder, KvCache, buffer_sizes
+from engine_runtime.executors.tensorrt.engine_cache import EngineCache
+from engine_runtime.executors.tensorrt.executor import MAX_IN_FLIGHT, TensorRTExecutor
+from engine_runtime.executors.tensorrt.library import TensorRTError
+from engine_runtime.executors.tensorrt.tactics import SegmentFactory
+from engine_runtime.executors.tensorrt.weights import DeviceWeights, WeightPlan
 from engine_runtime.kernels.gpu_attention import AttentionShape, PagedAttention
 from engine_runtime.kernels.gpu_sampling import GpuSampler
 from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError

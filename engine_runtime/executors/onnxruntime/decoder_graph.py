@@ -17,7 +17,7 @@ from typing import Literal
 import onnx
 from onnx import helper
 
-from engine_runtime.executors.operators import DOMAIN
+from engine_runtime.executors.onnxruntime.operators import DOMAIN
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import SegmentKind, WeightInput

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Literal
 
 from engine_runtime.cuda import CudaDevice, DeviceBuffer, Stream
-from engine_runtime.executors.cuda_graphs import CudaGraph
-from engine_runtime.executors.tensorrt_batch import StepInputs, StepShape
-from engine_runtime.executors.tensorrt_segment import BoundSegment, DeviceSegment
-from engine_runtime.executors.tensorrt_tactics import SegmentFactory
-from engine_runtime.executors.tensorrt_weights import DeviceWeights
+from engine_runtime.executors.tensorrt.batch import StepInputs, StepShape
+from engine_runtime.executors.tensorrt.cuda_graphs import CudaGraph
+from engine_runtime.executors.tensorrt.segment import BoundSegment, DeviceSegment
+from engine_runtime.executors.tensorrt.tactics import SegmentFactory
+from engine_runtime.executors.tensorrt.weights import DeviceWeights
 from engine_runtime.kernels.gpu_attention import DecodeBatch, PagedAttention
 from engine_runtime.kernels.gpu_embedding import GpuEmbedding
 from engine_runtime.kernels.gpu_sampling import GpuSampler

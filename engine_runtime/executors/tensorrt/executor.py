@@ -7,8 +7,8 @@ from concurrent.futures import Future
 
 from engine_runtime.cuda import CudaDevice, CudaError, Event, PinnedBuffer, Stream
 from engine_runtime.executors.sequence_table import Share
-from engine_runtime.executors.tensorrt_batch import ArrangedRun, DeviceBatch, StepInputs
-from engine_runtime.executors.tensorrt_decoder import DeviceDecoder
+from engine_runtime.executors.tensorrt.batch import ArrangedRun, DeviceBatch, StepInputs
+from engine_runtime.executors.tensorrt.decoder import DeviceDecoder
 from engine_runtime.kernels.gpu_sampling import GpuSampler
 from engine_runtime.kernels.sampling_rows import PackedRows, SamplingPath, has_penalties
 from scheduler.executor import ExecutorLostError

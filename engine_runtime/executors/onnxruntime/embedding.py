@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from engine_runtime.executors.quantization import quantize_weight
+from engine_runtime.executors.onnxruntime.quantization import quantize_weight
 from engine_runtime.kernels.numpy_types import Float32Array, Int32Array
 
 

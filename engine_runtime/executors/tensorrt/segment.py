@@ -7,7 +7,7 @@ from functools import cache
 from typing import Any, Protocol
 
 from engine_runtime.cuda import Stream
-from engine_runtime.executors.tensorrt_library import TensorRTError, tensorrt, tensorrt_log
+from engine_runtime.executors.tensorrt.library import TensorRTError, tensorrt, tensorrt_log
 
 
 class BoundSegment(Protocol):

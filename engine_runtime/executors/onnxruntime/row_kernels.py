@@ -15,8 +15,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from engine_runtime.executors.native_call import load_int64
-from engine_runtime.executors.operators import (
+from engine_runtime.executors.onnxruntime.native_call import load_int64
+from engine_runtime.executors.onnxruntime.operators import (
     ADDRESSES,
     COLUMNS,
     CONSTANT,
@@ -26,7 +26,7 @@ from engine_runtime.executors.operators import (
     SCRATCH_STRIDE,
     SHARE,
 )
-from engine_runtime.executors.row_vectors import (
+from engine_runtime.executors.onnxruntime.row_vectors import (
     hadamard_lanes,
     load_integers,
     max_abs,

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import onnx
 from onnx import helper, numpy_helper
 
-from engine_runtime.executors.decoder_graph import DecoderGraph, own_node
-from engine_runtime.executors.row_kernels import quantize_row_range
+from engine_runtime.executors.onnxruntime.decoder_graph import DecoderGraph, own_node
+from engine_runtime.executors.onnxruntime.row_kernels import quantize_row_range
 
 ZERO_POINT = 128
 _ZERO_POINT_NAME = "quantize/zero_point"
