@@ -81,8 +81,13 @@ def make_plan(
             length need.
 
     Raises:
-        MemoryPlanError: it does not fit.
+        MemoryPlanError: it does not fit, or ``max_model_len`` is above ``claimed_len``.
     """
+    if max_model_len is not None and max_model_len > claimed_len:
+        raise MemoryPlanError(
+            f"--max-model-len {max_model_len} is more than the {claimed_len} tokens that "
+            "the model is made for"
+        )
     wanted_len = max_model_len or claimed_len
     blocks_a_sequence = -(-wanted_len // block_size)
     if kv_cache_bytes is None:

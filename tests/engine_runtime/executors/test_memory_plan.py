@@ -73,3 +73,9 @@ def test_table_names_each_purpose() -> None:
     assert [line.split("  ")[0] for line in lines] == ["weights", "activations", "KV cache", "available"]
     assert "3.0 MiB" in lines[0]
     assert "12 blocks x 16 tokens = 192 tokens, 3.0 sequences of 64" in lines[2]
+
+
+def test_a_length_beyond_the_models_own_is_refused() -> None:
+    assert _plan(max_model_len=256).max_model_len == 256
+    with pytest.raises(MemoryPlanError, match="257 is more than the 256 tokens"):
+        _plan(max_model_len=257)
