@@ -13,10 +13,14 @@ from server.errors import UnsupportedParameterError
 from server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
+    DetokenizeRequest,
     Message,
+    ModelFields,
     SamplingFields,
     StreamOptions,
     TextPart,
+    TokenizeChatRequest,
+    TokenizeCompletionRequest,
     WireModel,
 )
 
@@ -77,6 +81,16 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "best_of": (1,),
         "add_special_tokens": (True,),
     },
+    TokenizeCompletionRequest: {},
+    TokenizeChatRequest: {
+        "tools": ([],),
+        "add_special_tokens": (False,),
+        "continue_final_message": (False,),
+        "chat_template": (),
+        "chat_template_kwargs": ({},),
+        "mm_processor_kwargs": ({},),
+    },
+    DetokenizeRequest: {},
     StreamOptions: {"continuous_usage_stats": (False,)},
     Message: {
         "tool_calls": ([],),
@@ -103,16 +117,16 @@ _IGNORED = frozenset(
 )
 
 
-def check_fields(body: SamplingFields, count_unknown: Callable[[str], None]) -> None:
+def check_fields(body: ModelFields, count_unknown: Callable[[str], None]) -> None:
     """Goes through the fields of a request that the wire models do not list.
 
     Raises:
         UnsupportedParameterError: naming the first field that asks for something this server does not do.
     """
-    _check(body, (), count_unknown, {"best_of": body.n})
-    if body.stream_options is not None:
+    _check(body, (), count_unknown, {"best_of": body.n} if isinstance(body, SamplingFields) else {})
+    if isinstance(body, SamplingFields) and body.stream_options is not None:
         _check(body.stream_options, ("stream_options",), count_unknown, {})
-    if isinstance(body, ChatCompletionRequest):
+    if isinstance(body, (ChatCompletionRequest, TokenizeChatRequest)):
         for index, message in enumerate(body.messages):
             _check(message, ("messages", index), count_unknown, {})
             if not isinstance(message.content, str):

@@ -103,10 +103,15 @@ class StreamOptions(WireModel):
     include_usage: bool | None = None
 
 
-class SamplingFields(WireModel):
-    """What chat and text completions have in common."""
+class ModelFields(WireModel):
+    """A body that may name the model it is for."""
 
     model: str | None = None
+
+
+class SamplingFields(ModelFields):
+    """What chat and text completions have in common."""
+
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
@@ -165,3 +170,19 @@ class CompletionRequest(SamplingFields):
     max_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+
+
+class TokenizeCompletionRequest(ModelFields):
+    prompt: str
+    add_special_tokens: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class TokenizeChatRequest(ModelFields):
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    add_generation_prompt: bool | None = None
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(ModelFields):
+    tokens: Annotated[list[_TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]

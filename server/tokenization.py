@@ -34,8 +34,10 @@ class Tokenization:
         self._short = ThreadPoolExecutor(1, thread_name_prefix="tokenize-short")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
 
-    async def encode(self, texts: Sequence[str], limit: int) -> list[list[int]]:
-        """Token ids of each text, with the special tokens that the model wants around a text.
+    async def encode(
+        self, texts: Sequence[str], limit: int, *, add_special_tokens: bool = True
+    ) -> list[list[int]]:
+        """Token ids of each text, by default with the special tokens that the model wants around a text.
 
         Raises:
             TextTooLongError: one of them is certainly over ``limit`` tokens. Those that come back may be.
@@ -45,12 +47,14 @@ class Tokenization:
         def work() -> list[list[int]]:
             for text in texts:
                 self._refuse_far_too_long(text, limit)
-            return self.tokenizer.encode_batch(texts)
+            return self.tokenizer.encode_batch(texts, add_special_tokens=add_special_tokens)
 
         return await self._run(sum(map(len, texts)), work)
 
-    async def encode_chat(self, messages: Sequence[dict[str, Any]], limit: int) -> list[int]:
-        """Token ids of a conversation in the model's template, up to where its answer begins.
+    async def encode_chat(
+        self, messages: Sequence[dict[str, Any]], limit: int, *, add_generation_prompt: bool = True
+    ) -> list[int]:
+        """Token ids of a conversation in the model's template, by default up to where its answer begins.
 
         Raises:
             ChatTemplateError: the model has no template, or its template refuses the conversation.
@@ -63,13 +67,21 @@ class Tokenization:
             template = self.tokenizer.chat_template
             if template is not None and num_chars > limit:
                 # Written out twice, since templates may trim and drop what they are given.
-                self._refuse_far_too_long(template.render(messages, add_generation_prompt=True), limit)
-            return self.tokenizer.encode_chat(messages)
+                text = template.render(messages, add_generation_prompt=add_generation_prompt)
+                self._refuse_far_too_long(text, limit)
+            return self.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
 
         return await self._run(num_chars, work)
 
-    async def decode(self, token_ids: Sequence[int]) -> str:
-        return await self._run(len(token_ids), lambda: self.tokenizer.decode(token_ids))
+    async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        def work() -> str:
+            return self.tokenizer.decode(token_ids, skip_special_tokens=skip_special_tokens)
+
+        return await self._run(len(token_ids), work)
+
+    async def names(self, token_ids: Sequence[int]) -> list[str]:
+        """What the vocabulary calls each token."""
+        return await self._run(len(token_ids), lambda: [self.tokenizer.token_name(i) for i in token_ids])
 
     def _refuse_far_too_long(self, text: str, limit: int) -> None:
         if len(text) > limit and (num_tokens := self.tokenizer.min_tokens_for(text)) > limit:

@@ -151,6 +151,10 @@ class Tokenizer:
         """The bytes of one token as text, with U+FFFD for what is not a whole character."""
         return self._bytes[token_id].decode("utf-8", "replace")
 
+    def token_name(self, token_id: int) -> str:
+        """What the vocabulary calls a token, such as ``Ġthe``; nothing for an id that it lacks."""
+        return self._backend.id_to_token(token_id) or ""
+
     def token_bytes_table(self, *, skip_special_tokens: bool) -> TokenBytes:
         """``token_bytes`` of all tokens; with ``skip_special_tokens``, control tokens have no bytes."""
         return self._visible_bytes if skip_special_tokens else self._bytes

@@ -19,11 +19,19 @@ from server.errors import ContextLengthError, InvalidRequestError, ModelNotFound
 from server.field_errors import invalid_field
 from server.fields import check_fields
 from server.json_body import OFF_LOOP_BYTES
-from server.protocol import MAX_PROMPTS, ChatCompletionRequest, CompletionRequest, Message, SamplingFields
+from server.protocol import (
+    MAX_PROMPTS,
+    ChatCompletionRequest,
+    CompletionRequest,
+    Message,
+    ModelFields,
+    SamplingFields,
+)
 from server.tokenization import TextTooLongError, Tokenization
 from server.tokenizer import InvalidTextError
 
-W = TypeVar("W", bound=SamplingFields)
+W = TypeVar("W", bound=ModelFields)
+S = TypeVar("S", bound=SamplingFields)
 
 _SEED_MASK = 2**63 - 1
 # What OpenAI and vLLM give a text completion that does not say.
@@ -48,13 +56,13 @@ class Validator:
     async def chat(self, body: dict[str, Any], num_bytes: int) -> Call:
         """A call of ``/v1/chat/completions``. Raises ApiError."""
         arrival = time.monotonic()
-        wire = await self._parsed(ChatCompletionRequest, body, num_bytes)
+        wire = await self._sampling(ChatCompletionRequest, body, num_bytes)
         if wire.top_logprobs is not None and not wire.logprobs:
             raise InvalidRequestError(
                 "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs", code="invalid_value"
             )
         spec = self._engine.spec
-        messages = [_template_message(message) for message in wire.messages]
+        messages = [template_message(message) for message in wire.messages]
         try:
             token_ids = await self._tokenization.encode_chat(messages, _context(spec))
         except TextTooLongError as error:
@@ -77,7 +85,7 @@ class Validator:
     async def completion(self, body: dict[str, Any], num_bytes: int) -> Call:
         """A call of ``/v1/completions``. Raises ApiError."""
         arrival = time.monotonic()
-        wire = await self._parsed(CompletionRequest, body, num_bytes)
+        wire = await self._sampling(CompletionRequest, body, num_bytes)
         echo = bool(wire.echo)
         is_scoring = wire.max_tokens == 0
         if is_scoring and not echo:
@@ -111,7 +119,8 @@ class Validator:
             is_scoring=is_scoring,
         )
 
-    async def _parsed(self, model: type[W], body: dict[str, Any], num_bytes: int) -> W:
+    async def parsed(self, model: type[W], body: dict[str, Any], num_bytes: int) -> W:
+        """A body as a wire model whose fields can all be honoured. Raises ApiError."""
         try:
             if num_bytes <= OFF_LOOP_BYTES:
                 wire = model.model_validate(body)
@@ -126,6 +135,10 @@ class Validator:
                 param="model",
             )
         check_fields(wire, self._count_unknown)
+        return wire
+
+    async def _sampling(self, model: type[S], body: dict[str, Any], num_bytes: int) -> S:
+        wire = await self.parsed(model, body, num_bytes)
         if wire.stream_options is not None and not wire.stream:
             raise InvalidRequestError(
                 "'stream_options' needs 'stream' to be true.", param="stream_options", code="invalid_value"
@@ -287,7 +300,7 @@ def _logit_bias(wire: dict[str, float], vocab_size: int) -> tuple[tuple[int, flo
     return tuple(biases.items())
 
 
-def _template_message(message: Message) -> dict[str, Any]:
+def template_message(message: Message) -> dict[str, Any]:
     """A message as chat templates expect it. Text parts are put on lines of their own, as vLLM does."""
     content = message.content
     text = content if isinstance(content, str) else "\n".join(part.text for part in content)
