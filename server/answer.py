@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from scheduler.messages import FinishReason
+from server.api_keys import cache_scope
 from server.call import Call
 from server.choice import Choice
 from server.detokenizer import IncrementalDetokenizer
@@ -67,6 +68,7 @@ class Answer:
     def __init__(
         self, call: Call, engine: EngineClient, tokenizer: Tokenizer, metrics: Metrics, form: AnswerForm
     ) -> None:
+        call = call.scoped(cache_scope.get())
         self._call = call
         self._form = form
         self._streams = EngineStreams(engine, call.requests)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from scheduler.messages import Request
 
@@ -49,3 +49,18 @@ class Call:
     def prompt_of(self, index: int) -> Prompt:
         """The prompt that a choice answers."""
         return self.prompts[index // self.n]
+
+    def scoped(self, scope: str | None) -> Call:
+        """The same call, sharing prefix-cache blocks within ``scope`` only. None is everybody's.
+
+        A scope has no colon, so that no ``cache_salt`` of one scope can equal one of another.
+        """
+        if scope is None:
+            return self
+        return replace(
+            self,
+            requests=tuple(
+                replace(request, cache_salt=f"{scope}:{request.cache_salt or ''}")
+                for request in self.requests
+            ),
+        )

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import os
 import sys
 from collections.abc import Sequence
 
-from server.config import ConfigError, add_arguments, config_from
+from server.config import ConfigError, add_arguments, config_from, environment_variable
 
 _SERVE_HELP = """\
 Serves a model over an OpenAI-compatible HTTP API.
@@ -47,13 +48,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chat.add_argument("--system", metavar="TEXT", help="system message")
     chat.add_argument("--temperature", type=float, help="0 gives the most likely answer")
     chat.add_argument("--max-tokens", type=int, metavar="N", help="longest answer, in tokens")
+    chat.add_argument(
+        "--api-key", metavar="KEY", help="of the server; other users do not see it in INFLIGHTD_API_KEY"
+    )
     parsed = parser.parse_args(arguments)
     try:
         if parsed.command == "serve":
             return _serve(parsed)
         from server.terminal_chat import run_chat
 
-        return run_chat(parsed.url, parsed.model, parsed.system, parsed.temperature, parsed.max_tokens)
+        # The variable may hold all keys of a server.
+        api_key = parsed.api_key or os.environ.get(environment_variable("api_key"), "").partition(",")[0]
+        return run_chat(
+            parsed.url,
+            parsed.model,
+            parsed.system,
+            parsed.temperature,
+            parsed.max_tokens,
+            api_key=api_key.strip(),
+        )
     except KeyboardInterrupt:
         return 130
 

@@ -10,6 +10,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from server.api_keys import ApiKey, ApiKeys, parse_api_keys, read_api_keys
+
 ENVIRONMENT_PREFIX = "INFLIGHTD_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
 
@@ -134,6 +136,21 @@ class ServerConfig:
     port: int = _flag(
         8000, _integer(0, 65535), "port to listen on; 0 takes a free one", group="server", metavar="PORT"
     )
+    api_key: tuple[ApiKey, ...] = _flag(
+        (),
+        parse_api_keys,
+        "key or comma-separated keys, one of which clients must show on every path but /health/live. Other "
+        "users of the machine see the command line: rather use the file or the variable (default: open)",
+        group="server",
+        metavar="KEY[,KEY]",
+    )
+    api_key_file: tuple[ApiKey, ...] = _flag(
+        (),
+        read_api_keys,
+        "file with such keys, 'name:key' or 'key' a line, that others cannot read (default: none)",
+        group="server",
+        metavar="FILE",
+    )
     max_body_bytes: int = _flag(
         32 * 2**20, _size, "largest request body (default: 32MiB)", group="server", metavar="SIZE"
     )
@@ -199,6 +216,11 @@ class ServerConfig:
         None, _integer(1), "CPU threads of the engine (default: the cores it may use)", group="scheduling",
         metavar="N",
     )  # fmt: skip
+
+    @property
+    def api_keys(self) -> ApiKeys:
+        """The keys of both sources; without any, the server is open."""
+        return ApiKeys((*self.api_key, *self.api_key_file))
 
     @property
     def served_model_names(self) -> tuple[str, ...]:

@@ -75,6 +75,19 @@ class ModelNotFoundError(InvalidRequestError):
     default_code = "model_not_found"
 
 
+class InvalidApiKeyError(InvalidRequestError):
+    """No key, or none that is known. The message does not say which, nor repeats it."""
+
+    status = 401
+    default_code = "invalid_api_key"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "Incorrect API key provided. Send one as 'Authorization: Bearer KEY'.",
+            headers={"www-authenticate": "Bearer"},
+        )
+
+
 class UnknownUrlError(InvalidRequestError):
     status = 404
     default_code = "unknown_url"

@@ -11,11 +11,13 @@ from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from server.api_keys import ApiKeys, cache_scope
 from server.errors import (
     ApiError,
     BodyTooLargeError,
     EngineDeadError,
     InternalError,
+    InvalidApiKeyError,
     InvalidRequestError,
     ShuttingDownError,
     UnsupportedMediaTypeError,
@@ -27,6 +29,9 @@ _log = logging.getLogger(__name__)
 # way (this guard, Starlette's error handling) has nothing to do, but would cost every token.
 SEND_BODY = "inflightd.send_body"
 
+# A liveness probe has no key; every other path, known or not, needs one where keys are set.
+_OPEN_PATHS = frozenset({"/health/live"})
+
 _CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/=+-]{1,128}")
 
 
@@ -34,15 +39,18 @@ class Guard:
     """Wraps an application.
 
     - Every response carries ``x-request-id``: the client's, if it is short and plain, else a new one.
+    - With ``api_keys``, what carries none of them is refused before anything else is looked at.
+      ``cache_scope`` is set to the name of the key if there are several, else to None.
     - A body over ``max_body_bytes`` is refused before it is read if its length is announced, and at the byte
       that crosses the limit if it is not. Compressed bodies are refused.
     - Whatever is raised becomes OpenAI's error object. Exceptions that are no ``ApiError`` are logged with
       the request id and answered as a plain 500.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
+        self._api_keys = api_keys
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -78,6 +86,7 @@ class Guard:
             await send(message)
 
         try:
+            cache_scope.set(self._authenticate(scope["path"], headers))
             self._check(headers)
             await self._app(scope, limited_receive, marked_send)
         except ClientDisconnect:
@@ -91,6 +100,14 @@ class Guard:
                 _log.exception("request %s failed after its response had begun", request_id)
                 raise
             await send_error(api_error(error, request_id), marked_send)
+
+    def _authenticate(self, path: str, headers: dict[bytes, bytes]) -> str | None:
+        if not self._api_keys or path in _OPEN_PATHS:
+            return None
+        name = self._api_keys.name_of(headers)
+        if name is None:
+            raise InvalidApiKeyError
+        return name if self._api_keys.is_shared_by_several else None
 
     def _check(self, headers: dict[bytes, bytes]) -> None:
         length = headers.get(b"content-length")

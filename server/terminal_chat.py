@@ -24,6 +24,7 @@ def run_chat(
     temperature: float | None,
     max_tokens: int | None,
     *,
+    api_key: str | None = None,
     source: TextIO = sys.stdin,
     sink: TextIO = sys.stdout,
 ) -> int:
@@ -33,7 +34,9 @@ def run_chat(
     opening = [] if system is None else [{"role": "system", "content": system}]
     messages = list(opening)
     is_interactive = source.isatty()
-    with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT) as client:
+    # As bytes: what is no header is then refused when it is sent, like every other fault of the connection.
+    headers = {b"authorization": b"Bearer " + api_key.encode()} if api_key else {}
+    with httpx.Client(base_url=url.rstrip("/"), timeout=_TIMEOUT, headers=headers) as client:
         try:
             settings["model"] = model or _first_model(client)
         except ChatError as error:
@@ -76,6 +79,8 @@ def run_chat(
 def _first_model(client: httpx.Client) -> str:
     try:
         response = client.get("/v1/models")
+        if response.status_code == 401:
+            raise ChatError("the server wants another key: --api-key or INFLIGHTD_API_KEY.")
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, LookupError) as error:

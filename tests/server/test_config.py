@@ -1,9 +1,11 @@
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 import pytest
 
+from server.api_keys import api_key
 from server.config import ConfigError, ServerConfig, add_arguments, config_from, parse_bytes
 
 
@@ -21,7 +23,10 @@ def test_a_flag_beats_its_variable_and_a_variable_beats_the_default() -> None:
     assert configure("n.gguf", environment={"INFLIGHTD_MODEL": "m.gguf"}).model == "n.gguf"
 
 
-def test_every_setting_has_a_flag_and_a_variable() -> None:
+def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
+    key_file = tmp_path / "keys"
+    key_file.write_text("ann:k3\n")
+    key_file.chmod(0o600)
     values = {
         "model": ("a.gguf", "a.gguf"),
         "served_model_name": ("x, y", ("x", "y")),
@@ -30,6 +35,8 @@ def test_every_setting_has_a_flag_and_a_variable() -> None:
         "max_model_len": ("77", 77),
         "host": ("::1", "::1"),
         "port": ("0", 0),
+        "api_key": ("k1, k2", (api_key("k1"), api_key("k2"))),
+        "api_key_file": (str(key_file), (api_key("k3", "ann"),)),
         "max_body_bytes": ("1MiB", 2**20),
         "metrics_prefix": ("vllm:", "vllm"),
         "shutdown_timeout": ("3", 3),

@@ -4,11 +4,13 @@ import io
 import json
 import threading
 from collections.abc import Iterator
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 import pytest
 
+from server import cli, terminal_chat
 from server.terminal_chat import run_chat
 
 
@@ -17,8 +19,12 @@ class Api(BaseHTTPRequestHandler):
 
     seen: list[dict[str, Any]]
     stream: str
+    key: str | None
 
     def do_GET(self) -> None:
+        if self.key is not None and self.headers["Authorization"] != f"Bearer {self.key}":
+            self._send(401, "application/json", "{}")
+            return
         self._send(200, "application/json", json.dumps({"data": [{"id": "tiny"}]}))
 
     def do_POST(self) -> None:
@@ -52,6 +58,7 @@ def content(text: str) -> dict[str, Any]:
 @pytest.fixture
 def api() -> Iterator[str]:
     Api.seen = []
+    Api.key = None
     Api.stream = events(content("Hel"), content("lo"), {"choices": [{"delta": {}}]}, {"choices": []})
     server = ThreadingHTTPServer(("127.0.0.1", 0), Api)
     thread = threading.Thread(target=server.serve_forever)
@@ -87,6 +94,18 @@ def test_a_conversation_keeps_its_history(api: str) -> None:
 def test_reset_and_exit(api: str) -> None:
     chat(api, "Hi\n/reset\nAgain\n/exit\nnever\n")
     assert [len(body["messages"]) for body in Api.seen] == [1, 1]
+
+
+def test_the_key_is_sent(
+    api: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Api.key = "good"
+    monkeypatch.setattr(terminal_chat, "run_chat", partial(run_chat, source=io.StringIO("Hi\n")))
+    assert cli.main(["chat", "--url", api]) == 1
+    assert "--api-key" in capsys.readouterr().err
+    monkeypatch.setenv("INFLIGHTD_API_KEY", "good,other")
+    assert cli.main(["chat", "--url", api, "--api-key", "bad"]) == 1
+    assert cli.main(["chat", "--url", api]) == 0
 
 
 def test_a_refusal_is_shown(api: str, capsys: pytest.CaptureFixture[str]) -> None:
