@@ -14,6 +14,8 @@ from server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
     DetokenizeRequest,
+    GenerateParameters,
+    GenerateRequest,
     Message,
     ModelFields,
     SamplingFields,
@@ -91,6 +93,14 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "mm_processor_kwargs": ({},),
     },
     DetokenizeRequest: {},
+    GenerateRequest: {},
+    GenerateParameters: {
+        "typical_p": (),
+        "watermark": (False,),
+        "best_of": (1,),
+        "grammar": (),
+        "adapter_id": (),
+    },
     StreamOptions: {"continuous_usage_stats": (False,)},
     Message: {
         "tool_calls": ([],),
@@ -126,6 +136,8 @@ def check_fields(body: ModelFields, count_unknown: Callable[[str], None]) -> Non
     _check(body, (), count_unknown, {"best_of": body.n} if isinstance(body, SamplingFields) else {})
     if isinstance(body, SamplingFields) and body.stream_options is not None:
         _check(body.stream_options, ("stream_options",), count_unknown, {})
+    if isinstance(body, GenerateRequest) and body.parameters is not None:
+        _check(body.parameters, ("parameters",), count_unknown, {})
     if isinstance(body, (ChatCompletionRequest, TokenizeChatRequest)):
         for index, message in enumerate(body.messages):
             _check(message, ("messages", index), count_unknown, {})

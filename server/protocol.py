@@ -186,3 +186,30 @@ class TokenizeChatRequest(ModelFields):
 
 class DetokenizeRequest(ModelFields):
     tokens: Annotated[list[_TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+
+
+class GenerateParameters(WireModel):
+    """What TGI calls ``parameters``."""
+
+    max_new_tokens: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = None
+    temperature: Annotated[_Number, Field(gt=0.0, le=2.0)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=_INT32_MAX)] | None = None
+    top_p: Annotated[_Number, Field(gt=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[_Number, Field(gt=0.0, le=10.0)] | None = None
+    frequency_penalty: Annotated[_Number, Field(ge=-2.0, le=2.0)] | None = None
+    seed: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
+    do_sample: bool | None = None
+    stop: Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
+    truncate: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = None
+    top_n_tokens: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    return_full_text: bool | None = None
+    details: bool | None = None
+    decoder_input_details: bool | None = None
+
+
+class GenerateRequest(ModelFields):
+    """The body of TGI's ``/generate`` and its kin."""
+
+    inputs: Annotated[str, Field(min_length=1)]
+    parameters: GenerateParameters | None = None
+    stream: bool | None = None

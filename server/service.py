@@ -48,6 +48,16 @@ class Service:
         identity = f"{VERSION} {self.engine.spec.model_id} {self.engine.spec.device}"
         return "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
 
+    async def read(self, request: Request) -> tuple[dict[str, Any], int]:
+        """The body of a request and its length. Raises ApiError, also if the engine takes no requests."""
+        body, num_bytes = await read_json_object(request)
+        if not self.engine.is_ready:
+            raise EngineDeadError("the engine is not ready")
+        return body, num_bytes
+
+    def answer_to(self, call: Call, form: AnswerForm) -> Answer:
+        return Answer(call, self.engine, self.tokenization.tokenizer, self.metrics, form)
+
     async def answer(
         self,
         request: Request,
@@ -63,20 +73,16 @@ class Service:
         Raises:
             ApiError: the request is wrong, or fails before its response has begun.
         """
-        body, num_bytes = await read_json_object(request)
-        if not self.engine.is_ready:
-            raise EngineDeadError("the engine is not ready")
-        call = await validate(body, num_bytes)
-        tokenizer = self.tokenization.tokenizer
-        form = form_of(call, tokenizer, self.system_fingerprint)
-        answer = Answer(call, self.engine, tokenizer, self.metrics, form)
+        call = await validate(*await self.read(request))
+        form = form_of(call, self.tokenization.tokenizer, self.system_fingerprint)
+        answer = self.answer_to(call, form)
         if call.is_stream:
             return EventStream(answer.events(), request.state.request_id)
-        whole = await _while_connected(request, answer.whole())
+        whole = await while_connected(request, answer.whole())
         return Response(whole, media_type="application/json")
 
 
-async def _while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
+async def while_connected(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Awaits ``work``, or cancels it and raises ClientDisconnect as soon as the client is gone."""
     running = asyncio.create_task(work)
     watching = asyncio.create_task(_disconnect(request))

@@ -64,9 +64,9 @@ class Validator:
         spec = self._engine.spec
         messages = [template_message(message) for message in wire.messages]
         try:
-            token_ids = await self._tokenization.encode_chat(messages, _context(spec))
+            token_ids = await self._tokenization.encode_chat(messages, max_context(spec))
         except TextTooLongError as error:
-            raise _far_too_long(error, spec, "messages") from None
+            raise far_too_long(error, spec, "messages") from None
         except (ChatTemplateError, InvalidTextError) as error:
             raise InvalidRequestError(str(error), param="messages", code="invalid_value") from None
         limit_name = "max_tokens" if wire.max_completion_tokens is None else "max_completion_tokens"
@@ -85,7 +85,22 @@ class Validator:
     async def completion(self, body: dict[str, Any], num_bytes: int) -> Call:
         """A call of ``/v1/completions``. Raises ApiError."""
         arrival = time.monotonic()
-        wire = await self._sampling(CompletionRequest, body, num_bytes)
+        return await self.completion_of(await self._sampling(CompletionRequest, body, num_bytes), arrival)
+
+    async def completion_of(
+        self,
+        wire: CompletionRequest,
+        arrival: float,
+        *,
+        default_max_tokens: int = _COMPLETION_MAX_TOKENS,
+        prompt_name: str = "prompt",
+        limit_name: str = "max_tokens",
+    ) -> Call:
+        """A call from a parsed body; ``prompt_name`` and ``limit_name`` are its fields in messages.
+
+        Raises:
+            ApiError: the model cannot answer it.
+        """
         echo = bool(wire.echo)
         is_scoring = wire.max_tokens == 0
         if is_scoring and not echo:
@@ -104,7 +119,7 @@ class Validator:
             )
         max_tokens = [
             _max_tokens(
-                len(prompt.token_ids), wire.max_tokens, _COMPLETION_MAX_TOKENS, spec, "prompt", "max_tokens"
+                len(prompt.token_ids), wire.max_tokens, default_max_tokens, spec, prompt_name, limit_name
             )
             for prompt in prompts
         ]
@@ -155,9 +170,9 @@ class Validator:
             texts = [part for part in prompt if isinstance(part, str)]
         if texts:
             try:
-                encoded = await self._tokenization.encode(texts, _context(spec))
+                encoded = await self._tokenization.encode(texts, max_context(spec))
             except TextTooLongError as error:
-                raise _far_too_long(error, spec, "prompt") from None
+                raise far_too_long(error, spec, "prompt") from None
             except InvalidTextError as error:
                 raise InvalidRequestError(str(error), param="prompt", code="invalid_value") from None
             return [
@@ -312,15 +327,15 @@ def template_message(message: Message) -> dict[str, Any]:
     return fields
 
 
-def _context(spec: ExecutorSpec) -> int:
+def max_context(spec: ExecutorSpec) -> int:
     """Prompt and generated tokens of one sequence at most: what the model allows and the KV pool holds."""
     return min(spec.max_model_len, spec.num_blocks * spec.block_size)
 
 
-def _far_too_long(error: TextTooLongError, spec: ExecutorSpec, prompt_name: str) -> ContextLengthError:
+def far_too_long(error: TextTooLongError, spec: ExecutorSpec, prompt_name: str) -> ContextLengthError:
     return ContextLengthError(
-        f"This model's context is {_context(spec)} tokens long, but the {prompt_name} resulted in at least "
-        f"{error.num_tokens} tokens. Shorten the {prompt_name}.",
+        f"This model's context is {max_context(spec)} tokens long, but the {prompt_name} resulted in "
+        f"at least {error.num_tokens} tokens. Shorten the {prompt_name}.",
         param=prompt_name,
     )
 
@@ -334,7 +349,7 @@ def _max_tokens(
     limit_name: str,
 ) -> int:
     """How many tokens may be generated. Raises ContextLengthError if prompt and answer do not fit."""
-    context = _context(spec)
+    context = max_context(spec)
     left = context - prompt_length
     if asked is None:
         wanted = max(left, 1) if default is None else max(min(default, left), 1)

@@ -1,0 +1,31 @@
+"""Hugging Face's client, which speaks TGI, against a real server process with the real default model."""
+
+from __future__ import annotations
+
+import httpx
+from huggingface_hub import InferenceClient
+
+from tests.end_to_end.server_process import ServerProcess
+
+PROMPT = "The capital of France is"
+
+
+def test_text_generation(server: ServerProcess) -> None:
+    client = InferenceClient(base_url=server.url)
+    whole = client.text_generation(PROMPT, max_new_tokens=12)
+    assert "Paris" in whole
+    outputs = list(client.text_generation(PROMPT, max_new_tokens=12, stream=True, details=True))
+    last = outputs[-1]
+    assert last.generated_text == whole
+    assert last.details is not None
+    assert last.details.generated_tokens == len(outputs)
+    assert "".join(output.token.text for output in outputs if not output.token.special) == whole
+    assert all(output.token.logprob <= 0 for output in outputs)
+    pieces = list(client.text_generation(PROMPT, max_new_tokens=12, stream=True))
+    assert pieces == [output.token.text for output in outputs]
+    detailed = client.text_generation(PROMPT, max_new_tokens=3, details=True, decoder_input_details=True)
+    assert detailed.details is not None
+    assert [token.id for token in detailed.details.tokens] == [output.token.id for output in outputs[:3]]
+    prompt = httpx.post(f"{server.url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
+    assert [token.id for token in detailed.details.prefill] == prompt
+    assert httpx.get(f"{server.url}/info").json()["max_total_tokens"] == 2048
