@@ -31,7 +31,7 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_middleware(Guard, max_body_bytes=config.max_body_bytes)
+    app.add_middleware(Guard, max_body_bytes=config.max_body_bytes, api_keys=config.api_keys)
     return app
 
 
