@@ -96,8 +96,12 @@ class CudaDevice:
         self.ordinal = ordinal
         self._device = checked(driver.cuDeviceGet(ordinal))
         self._context = checked(driver.cuDevicePrimaryCtxRetain(self._device))
-        self.make_current()
-        self.properties = self._read_properties()
+        try:
+            self.make_current()
+            self.properties = self._read_properties()
+        except BaseException:
+            self.close()
+            raise
 
     def make_current(self) -> None:
         """To be called once by each further thread that makes calls."""

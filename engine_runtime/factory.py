@@ -7,7 +7,7 @@ import logging
 
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError
 from engine_runtime.runtime_config import DeviceError, Progress, RuntimeConfig
-from engine_runtime.weights.checkpoint import open_checkpoint
+from engine_runtime.weights.checkpoint import Checkpoint, open_checkpoint
 from engine_runtime.weights.errors import CheckpointError
 from scheduler.executor import Executor
 
@@ -35,11 +35,15 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
     checkpoint = open_checkpoint(config.model_path)
     try:
         if _wants_gpu(config):
-            from engine_runtime.executors.tensorrt.factory import create_gpu_executor, open_gpu
-
-            device = open_gpu(is_required=config.device == "cuda")
-            if device is not None:
-                return create_gpu_executor(config, device, checkpoint.config, checkpoint, report)
+            try:
+                made = _on_gpu(config, checkpoint, report)
+            except DeviceError as error:
+                if config.device == "cuda":
+                    raise
+                _logger.warning("the CPU computes, since the GPU cannot: %s", error)
+                made = None
+            if made is not None:
+                return made
         from engine_runtime.executors.onnxruntime.factory import create_cpu_executor
 
         return create_cpu_executor(config, checkpoint, report)
@@ -47,11 +51,26 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
         checkpoint.close()
 
 
+def _on_gpu(
+    config: RuntimeConfig, checkpoint: Checkpoint, report: Progress
+) -> tuple[Executor, MemoryPlan] | None:
+    """None if there is no GPU and none was asked for."""
+    from engine_runtime.executors.tensorrt.factory import create_gpu_executor, open_gpu
+
+    device = open_gpu(is_required=config.device == "cuda")
+    if device is None:
+        return None
+    return create_gpu_executor(config, device, checkpoint.config, checkpoint, report)
+
+
 def _wants_gpu(config: RuntimeConfig) -> bool:
     """Whether to look for a GPU: never without the packages that are needed to use one."""
     if config.device == "cpu":
         return False
-    is_installed = importlib.util.find_spec("cuda") is not None
+    # Other packages put things into the namespace "cuda" as well.
+    is_installed = (
+        importlib.util.find_spec("cuda") is not None and importlib.util.find_spec("cuda.bindings") is not None
+    )
     if config.device == "cuda" and not is_installed:
         raise DeviceError("--device cuda needs more packages: pip install 'inflightd[gpu]'")
     # The arithmetic of a CPU was asked for by name.

@@ -26,11 +26,15 @@ class CudaGraph:
         try:
             enqueue()
         except BaseException:
-            driver.cuStreamEndCapture(stream.handle)  # fails if the capture is broken already
+            code, graph = driver.cuStreamEndCapture(stream.handle)
+            if code == driver.CUresult.CUDA_SUCCESS:  # it fails if the capture is broken already
+                driver.cuGraphDestroy(graph)
             raise
         graph = checked(driver.cuStreamEndCapture(stream.handle))
-        self._executable = checked(driver.cuGraphInstantiate(graph, 0))
-        checked(driver.cuGraphDestroy(graph))
+        try:
+            self._executable = checked(driver.cuGraphInstantiate(graph, 0))
+        finally:
+            driver.cuGraphDestroy(graph)
 
     def launch(self, stream: Stream) -> None:
         """Enqueues everything."""

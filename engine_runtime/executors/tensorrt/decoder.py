@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Literal
 
-from engine_runtime.cuda import CudaDevice, DeviceBuffer, Stream
+from engine_runtime.cuda import CudaDevice, CudaError, DeviceBuffer, Stream
 from engine_runtime.executors.tensorrt.batch import StepInputs, StepShape
 from engine_runtime.executors.tensorrt.cuda_graphs import CudaGraph
 from engine_runtime.executors.tensorrt.segment import BoundSegment, DeviceSegment
@@ -20,6 +21,7 @@ from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.segment import SegmentKind
 from engine_runtime.rope import RopeConfig, rope_tables
 
+_logger = logging.getLogger(__name__)
 _ALIGNMENT = 256
 ITEM_BYTES = 2  # of activations
 
@@ -80,6 +82,7 @@ class DeviceDecoder:
         max_tokens: int,
         max_rows: int,
         max_len: int,
+        workspace_bytes: int,
         dtype: Literal["bf16", "fp16"],
     ) -> None:
         """
@@ -87,6 +90,7 @@ class DeviceDecoder:
             max_tokens: of one run, the largest bucket.
             max_rows: of logits in one run, the largest bucket.
             max_len: positions that the rotary tables cover.
+            workspace_bytes: for the segments, all at once: what is taken later is in no memory plan.
 
         Raises:
             CudaError: not enough memory.
@@ -125,7 +129,7 @@ class DeviceDecoder:
         self._gather_attention = GpuEmbedding(library, dtype, at["attention"], max_tokens, config.q_size)
         last_residual = at[f"residual.{(config.num_hidden_layers - 1) % 2}"]
         self._gather_residual = GpuEmbedding(library, dtype, last_residual, max_tokens, config.hidden_size)
-        self._workspaces: list[DeviceBuffer] = []
+        self._workspaces = [DeviceBuffer(workspace_bytes)]
         self._bodies: dict[int, list[BoundSegment]] = {}
         self._heads: dict[tuple[int, bool], BoundSegment] = {}
         self._graphs: dict[tuple[int, SamplingPath], CudaGraph | None] = {}
@@ -160,7 +164,14 @@ class DeviceDecoder:
             return
         graph = self._graphs[key]
         if graph is None:
-            graph = CudaGraph(self._stream, lambda: self._enqueue(shape, path))
+            try:
+                graph = CudaGraph(self._stream, lambda: self._enqueue(shape, path))
+            except CudaError as error:
+                if error.is_fatal:
+                    raise
+                _logger.warning("a step of %d sequences is not recorded: %s", shape.num_tokens, error)
+                self._enqueue(shape, path)
+                return
             self._graphs[key] = graph
         graph.launch(self._stream)
 
@@ -169,6 +180,9 @@ class DeviceDecoder:
         for graph in self._graphs.values():
             if graph is not None:
                 graph.close()
+        # TensorRT's contexts must go before that of the device.
+        for made in (self._graphs, self._bodies, self._heads):
+            made.clear()
         tables = [table for pair in self._rope.values() for table in pair]
         for buffer in (self._buffer, self._attention_workspace, *self._workspaces, *tables):
             buffer.free()
@@ -269,6 +283,6 @@ class DeviceDecoder:
 
     def _workspace(self, num_bytes: int) -> int:
         """Segments run one after another, so all share the largest; earlier ones keep what they have."""
-        if not self._workspaces or self._workspaces[-1].num_bytes < num_bytes:
+        if self._workspaces[-1].num_bytes < num_bytes:
             self._workspaces.append(DeviceBuffer(num_bytes))
         return self._workspaces[-1].address

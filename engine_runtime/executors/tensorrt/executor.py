@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
@@ -20,6 +21,7 @@ from scheduler.messages import (
     TokenLogprobs,
 )
 
+_logger = logging.getLogger(__name__)
 MAX_IN_FLIGHT = 2
 
 Reports = dict[str, tuple[TokenLogprobs, ...]]
@@ -93,12 +95,15 @@ class TensorRTExecutor:
             collect = self._enqueue(step)
         except Exception as error:
             failed: Future[ModelRunnerOutput] = Future()
-            failed.set_exception(_lost(error))
+            failed.set_exception(self._after(error))
             return failed
         return PendingStep(collect)
 
     def shutdown(self) -> None:
-        self._stream.synchronize()
+        try:
+            self._stream.synchronize()
+        except CudaError as error:  # the device is lost; what follows fails without harm
+            _logger.warning("at the end: %s", error)
         self._decoder.close()
         self._sampler.close()
         self._inputs.free()
@@ -107,6 +112,16 @@ class TensorRTExecutor:
             event.close()
         self._stream.close()
         self._device.close()
+
+    def _after(self, error: Exception) -> Exception:
+        """Waits for what a failed step has enqueued: nobody else does before its pinned memory is reused."""
+        found = _lost(error)
+        if not isinstance(found, ExecutorLostError):
+            try:
+                self._stream.synchronize()
+            except CudaError as later:
+                return _lost(later)
+        return found
 
     def _enqueue(self, step: SchedulerOutput) -> Callable[[], ModelRunnerOutput]:
         shares = self._batch.apply(step)

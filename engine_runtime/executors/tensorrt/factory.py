@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from contextlib import ExitStack
 from typing import Literal
 
 from engine_runtime.cuda import CudaDevice, CudaError, NoDeviceError, Stream
@@ -17,12 +18,16 @@ from engine_runtime.executors.tensorrt.executor import MAX_IN_FLIGHT, TensorRTEx
 from engine_runtime.executors.tensorrt.library import TensorRTError
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory
 from engine_runtime.executors.tensorrt.weights import DeviceWeights, WeightPlan
+from engine_runtime.kernels.attention_layout import BLOCK_SIZE, MAX_SEQUENCES
 from engine_runtime.kernels.gpu_attention import AttentionShape, PagedAttention
 from engine_runtime.kernels.gpu_sampling import GpuSampler
 from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError
+from engine_runtime.kernels.sampling_layout import MAX_VOCAB_SIZE
 from engine_runtime.model_config import ModelConfig
+from engine_runtime.models.segment import SegmentKind
 from engine_runtime.runtime_config import DeviceError, Progress, RuntimeConfig
 from engine_runtime.weights.checkpoint import Checkpoint
+from scheduler.executor import ExecutorLostError
 from scheduler.messages import (
     ExecutorSpec,
     NewSequence,
@@ -51,6 +56,7 @@ def open_gpu(*, is_required: bool) -> CudaDevice | None:
     except NoDeviceError as error:
         if is_required:
             raise DeviceError(f"--device cuda: {error}") from error
+        _logger.info("no GPU: %s", error)
         return None
     except CudaError as error:
         raise DeviceError(f"the GPU cannot be used ({error}); --device cpu does without") from error
@@ -66,6 +72,7 @@ def create_gpu_executor(
     """Loads a model to a GPU.
 
     Args:
+        device: closed when nothing comes of it.
         checkpoint: None fills the weights with random numbers, for benchmarks.
 
     Raises:
@@ -73,12 +80,44 @@ def create_gpu_executor(
         DeviceError: the GPU, its kernels or TensorRT cannot be used for this model.
         MemoryPlanError: it does not fit; nothing was loaded.
     """
+    with ExitStack() as undo:  # last made, first freed
+        undo.callback(device.close)
+        try:
+            made = _create(config, device, model, checkpoint, report, undo)
+        except (KernelsMissingError, TensorRTError) as error:
+            raise DeviceError(f"{error} (--device cpu does without the GPU)") from error
+        except CudaError as error:
+            if error.name == "CUDA_ERROR_OUT_OF_MEMORY":
+                raise MemoryPlanError(
+                    "The GPU's memory ran out while the model was loaded: other programs take it, or "
+                    "--gpu-memory-utilization is too high."
+                ) from error
+            raise DeviceError(f"the GPU cannot be used ({error}); --device cpu does without") from error
+        except ExecutorLostError as error:
+            raise DeviceError(f"{error} (--device cpu does without the GPU)") from error
+        undo.pop_all()
+        return made
+
+
+def _check(config: RuntimeConfig, model: ModelConfig) -> None:
+    """
+    Raises:
+        DeviceError: no kernel takes this, which is known without a device.
+    """
     if config.dtype not in ("auto", "bfloat16"):
         raise DeviceError(f"--dtype {config.dtype} is for CPUs (--device cpu); a GPU takes bfloat16")
-    try:
-        return _create(config, device, model, checkpoint, report)
-    except (KernelsMissingError, TensorRTError) as error:
-        raise DeviceError(f"{error} (--device cpu does without the GPU)") from error
+    if (config.max_num_seqs or 0) > MAX_SEQUENCES:
+        raise DeviceError(f"--max-num-seqs {config.max_num_seqs}: the GPU kernels take up to {MAX_SEQUENCES}")
+    if model.vocab_size > MAX_VOCAB_SIZE:
+        raise DeviceError(
+            f"a vocabulary of {model.vocab_size}: the GPU kernels take up to {MAX_VOCAB_SIZE} "
+            "(--device cpu does without)"
+        )
+    if model.hidden_size % 16:
+        raise DeviceError(
+            f"a hidden size of {model.hidden_size}: the GPU kernels take multiples of 16 "
+            "(--device cpu does without)"
+        )
 
 
 def _create(
@@ -87,10 +126,15 @@ def _create(
     model: ModelConfig,
     checkpoint: Checkpoint | None,
     report: Progress,
+    undo: ExitStack,
 ) -> tuple[TensorRTExecutor, MemoryPlan]:
+    """``undo`` gets what frees everything that was made."""
+    _check(config, model)
     max_seqs = config.max_num_seqs or _DEFAULT_SEQS
     max_tokens = max(config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS, max_seqs)
     max_rows = max(max_seqs, _LEAST_ROWS)
+    # A step of few tokens may be padded to a bucket of rows that is larger than --max-num-batched-tokens.
+    capacity = max(max_tokens, max_rows)
     library = KernelLibrary(device)
     segments = SegmentFactory(model, device, EngineCache(), library)
     shape = AttentionShape(
@@ -102,27 +146,37 @@ def _create(
         scale=model.attention_scale,
         softcap=model.attention_logit_softcap,
     )
-    attention = PagedAttention(
-        library,
-        shape,
-        max_sequences=max_rows,
-        num_multiprocessors=device.properties.num_multiprocessors,
-        windows=[layer.sliding_window for layer in model.layers],
-    )
+    try:
+        attention = PagedAttention(
+            library,
+            shape,
+            max_sequences=max_rows,
+            num_multiprocessors=device.properties.num_multiprocessors,
+            windows=[layer.sliding_window for layer in model.layers],
+        )
+    except ValueError as error:
+        raise DeviceError(f"{error} (--device cpu does without)") from error
     weight_plan = WeightPlan(model)
-    workspace = max(
-        segments.make("middle", max_tokens).workspace_bytes, segments.make("last", max_rows).workspace_bytes
-    )
+    workspace = _workspace_bytes(segments, model.num_hidden_layers, max_tokens, max_rows)
     free, total = device.memory()
     available = min(free, int(total * config.gpu_memory_utilization) - (total - free))
     activations = (
-        sum(buffer_sizes(model, max_tokens, max_rows).values())
+        sum(buffer_sizes(model, capacity, max_rows).values())
         + attention.workspace_bytes
         + workspace
+        + _length_bytes(model, config.max_model_len or model.max_position_embeddings, max_rows)
         + GpuSampler.device_bytes(max_rows, 2 * max_seqs)
         + GpuSampler.most_bytes_later(model.vocab_size, 2 * max_seqs)
         + _GRAPHS_AND_CODE_BYTES
     )
+    if weight_plan.num_bytes + activations > available:
+        raise MemoryPlanError(
+            f"{device.properties.name} has {max(0, available) / 2**30:.1f} GiB to give "
+            f"({(total - free) / 2**30:.1f} of {total / 2**30:.1f} are in use, --gpu-memory-utilization "
+            f"{config.gpu_memory_utilization}); the weights take {weight_plan.num_bytes / 2**30:.1f} GiB and "
+            f"the buffers of a step {activations / 2**30:.1f}. Lower --max-num-batched-tokens or "
+            "--max-num-seqs, or take a smaller model or --device cpu."
+        )
     plan = make_plan(
         weight_bytes=weight_plan.num_bytes,
         load_bytes=0,
@@ -137,22 +191,27 @@ def _create(
         available_bytes=available,
     )
     stream = Stream()
+    undo.callback(stream.close)
     weights = DeviceWeights(weight_plan)
+    undo.callback(weights.free)
     if checkpoint is None:
         weights.fill_randomly()
     else:
         weights.load(checkpoint, stream, lambda done, size: report("weights", done, size))
     sampler = GpuSampler(library, model.vocab_size, max_rows, 2 * max_seqs)
+    undo.callback(sampler.close)
     inputs = StepInputs(
         max_num_seqs=max_rows,
-        max_tokens=max_tokens,
+        max_tokens=capacity,
         max_rows=max_rows,
         max_blocks=-(-plan.max_model_len // plan.block_size),
         max_tiles=attention.max_prefill_tiles(max_tokens, max_rows),
         sampling_bytes=sampler.input_bytes,
         num_copies=MAX_IN_FLIGHT,
     )
+    undo.callback(inputs.free)
     cache, plan = _allocate_cache(model.num_hidden_layers, shape.kv_block_bytes, plan)
+    undo.callback(cache.free)
     decoder = DeviceDecoder(
         model,
         device,
@@ -164,11 +223,13 @@ def _create(
         sampler=sampler,
         cache=cache,
         inputs=inputs,
-        max_tokens=max_tokens,
+        max_tokens=capacity,
         max_rows=max_rows,
         max_len=plan.max_model_len,
+        workspace_bytes=workspace,
         dtype=_DTYPE,
     )
+    undo.callback(decoder.close)
     batch = DeviceBatch(
         inputs,
         max_slots=2 * max_seqs,
@@ -196,6 +257,20 @@ def _create(
     return executor, plan
 
 
+def _workspace_bytes(segments: SegmentFactory, num_layers: int, max_tokens: int, max_rows: int) -> int:
+    """Of the largest segments. A smaller one that sums more parts may need more; then it gets its own."""
+    body: SegmentKind = "middle" if num_layers > 1 else "first"
+    return max(
+        segments.make(body, max_tokens).workspace_bytes, segments.make("last", max_rows).workspace_bytes
+    )
+
+
+def _length_bytes(model: ModelConfig, max_len: int, max_rows: int) -> int:
+    """Of what grows with the longest sequence, the KV cache aside: rotary and block tables."""
+    kinds = len({layer.rope for layer in model.layers})
+    return kinds * 2 * 4 * max_len * (model.head_dim // 2) + 4 * max_rows * -(-max_len // BLOCK_SIZE)
+
+
 def _allocate_cache(num_layers: int, block_bytes: int, plan: MemoryPlan) -> tuple[KvCache, MemoryPlan]:
     """The KV cache of the plan, or a smaller one if a neighbour on the GPU has taken memory since.
 
@@ -218,9 +293,12 @@ def _allocate_cache(num_layers: int, block_bytes: int, plan: MemoryPlan) -> tupl
 
 def _warm_up(executor: TensorRTExecutor) -> None:
     """A prompt and some tokens through everything, so that the first request waits for less."""
-    new = NewSequence("warm-up", (0, 0), 2, 0, (0,), SamplingParams(temperature=0.0))
-    steps = [ScheduledSequence("warm-up", 0, 2, (), True)]
-    steps += [ScheduledSequence("warm-up", 2 + i, 1, (), True) for i in range(2)]
+    spec = executor.spec
+    length = min(2, spec.max_num_batched_tokens, spec.max_model_len)
+    new = NewSequence("warm-up", (0,) * length, length, 0, (0,), SamplingParams(temperature=0.0))
+    steps = [ScheduledSequence("warm-up", 0, length, (), True)]
+    ends = range(length, min(length + 2, spec.max_model_len))
+    steps += [ScheduledSequence("warm-up", start, 1, (), True) for start in ends]
     for i, share in enumerate(steps):
         executor.execute(SchedulerOutput(i, (new,) if i == 0 else (), (share,), ())).result()
     executor.execute(SchedulerOutput(len(steps), (), (), ("warm-up",))).result()
