@@ -8,6 +8,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 
 from server.config import ServerConfig
+from server.cors import Cors
 from server.engine_protocol import EngineClient
 from server.errors import ApiError, MethodNotAllowedError, UnknownUrlError, excerpt
 from server.guard import Guard, api_error
@@ -31,7 +32,8 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
-    app.add_middleware(Guard, max_body_bytes=config.max_body_bytes, api_keys=config.api_keys)
+    cors = Cors(config.allowed_origins)
+    app.add_middleware(Guard, max_body_bytes=config.max_body_bytes, api_keys=config.api_keys, cors=cors)
     return app
 
 

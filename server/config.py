@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from server.api_keys import ApiKey, ApiKeys, parse_api_keys, read_api_keys
+from server.cors import parse_origins
 
 ENVIRONMENT_PREFIX = "INFLIGHTD_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -150,6 +151,13 @@ class ServerConfig:
         "file with such keys, 'name:key' or 'key' a line, that others cannot read (default: none)",
         group="server",
         metavar="FILE",
+    )
+    allowed_origins: tuple[str, ...] = _flag(
+        (),
+        parse_origins,
+        "origins whose web pages may call, such as https://chat.example, or * (default: none)",
+        group="server",
+        metavar="ORIGIN[,ORIGIN]",
     )
     max_body_bytes: int = _flag(
         32 * 2**20, _size, "largest request body (default: 32MiB)", group="server", metavar="SIZE"

@@ -6,12 +6,14 @@ import asyncio
 import logging
 import re
 import uuid
+from collections.abc import Mapping
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api_keys import ApiKeys, cache_scope
+from server.cors import Cors
 from server.errors import (
     ApiError,
     BodyTooLargeError,
@@ -41,16 +43,18 @@ class Guard:
     - Every response carries ``x-request-id``: the client's, if it is short and plain, else a new one.
     - With ``api_keys``, what carries none of them is refused before anything else is looked at.
       ``cache_scope`` is set to the name of the key if there are several, else to None.
+    - Preflights of allowed origins are answered here, and need no key: browsers send none.
     - A body over ``max_body_bytes`` is refused before it is read if its length is announced, and at the byte
       that crosses the limit if it is not. Compressed bodies are refused.
     - Whatever is raised becomes OpenAI's error object. Exceptions that are no ``ApiError`` are logged with
       the request id and answered as a plain 500.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys) -> None:
+    def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys, cors: Cors) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._api_keys = api_keys
+        self._cors = cors
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -80,11 +84,16 @@ class Guard:
                 has_started = True
                 response_headers = MutableHeaders(scope=message)
                 response_headers["x-request-id"] = request_id
+                response_headers.update(self._cors.headers(headers))
                 if is_reading:
                     # What the client has yet to send would be taken for its next request.
                     response_headers["connection"] = "close"
             await send(message)
 
+        preflight = self._cors.preflight(scope["method"], headers)
+        if preflight is not None:
+            await _send_whole(204, preflight, b"", marked_send)
+            return
         try:
             cache_scope.set(self._authenticate(scope["path"], headers))
             self._check(headers)
@@ -144,11 +153,10 @@ async def send_error(error: ApiError, send: Send) -> None:
     """Sends an error as a whole response."""
     body = error.body()
     headers = {"content-type": "application/json", "content-length": str(len(body)), **error.headers}
-    await send(
-        {
-            "type": "http.response.start",
-            "status": error.status,
-            "headers": [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()],
-        }
-    )
+    await _send_whole(error.status, headers, body, send)
+
+
+async def _send_whole(status: int, headers: Mapping[str, str], body: bytes, send: Send) -> None:
+    encoded = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": encoded})
     await send({"type": "http.response.body", "body": body, "more_body": False})
