@@ -6,7 +6,7 @@ import importlib.util
 import logging
 
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError
-from engine_runtime.runtime_config import DeviceError, Progress, RuntimeConfig
+from engine_runtime.runtime_config import DeviceError, Progress, RuntimeConfig, UnsupportedDeviceError
 from engine_runtime.weights.checkpoint import Checkpoint, open_checkpoint
 from engine_runtime.weights.errors import CheckpointError
 from scheduler.executor import Executor
@@ -37,7 +37,7 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
         if _wants_gpu(config):
             try:
                 made = _on_gpu(config, checkpoint, report)
-            except DeviceError as error:
+            except UnsupportedDeviceError as error:
                 if config.device == "cuda":
                     raise
                 _logger.warning("the CPU computes, since the GPU cannot: %s", error)

@@ -17,7 +17,8 @@ class RuntimeConfig:
 
     Attributes:
         model_path: a folder in Hugging Face format or a .gguf file.
-        device: ``auto`` takes the first NVIDIA GPU if there is one that can be used.
+        device: ``auto`` takes the first NVIDIA GPU if there is one that can compute the model; one that
+            fails, or is too small, is an error all the same.
         dtype: on a CPU ``float32``, which is exact, or ``int8``, which quantizes matrix products; on a GPU
             ``bfloat16``. ``auto`` is int8 where the processor multiplies 8-bit numbers exactly (VNNI),
             else float32, and bfloat16 on a GPU.
@@ -44,3 +45,7 @@ class RuntimeConfig:
 
 class DeviceError(ValueError):
     """The device that was asked for cannot be used; the message says what to change."""
+
+
+class UnsupportedDeviceError(DeviceError):
+    """The device will never do for this model; ``--device auto`` takes another one."""

@@ -25,7 +25,7 @@ from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingE
 from engine_runtime.kernels.sampling_layout import MAX_VOCAB_SIZE
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.segment import SegmentKind
-from engine_runtime.runtime_config import DeviceError, Progress, RuntimeConfig
+from engine_runtime.runtime_config import DeviceError, Progress, RuntimeConfig, UnsupportedDeviceError
 from engine_runtime.weights.checkpoint import Checkpoint
 from scheduler.executor import ExecutorLostError
 from scheduler.messages import (
@@ -85,7 +85,7 @@ def create_gpu_executor(
         try:
             made = _create(config, device, model, checkpoint, report, undo)
         except (KernelsMissingError, TensorRTError) as error:
-            raise DeviceError(f"{error} (--device cpu does without the GPU)") from error
+            raise UnsupportedDeviceError(f"{error} (--device cpu does without the GPU)") from error
         except CudaError as error:
             if error.name == "CUDA_ERROR_OUT_OF_MEMORY":
                 raise MemoryPlanError(
@@ -109,12 +109,12 @@ def _check(config: RuntimeConfig, model: ModelConfig) -> None:
     if (config.max_num_seqs or 0) > MAX_SEQUENCES:
         raise DeviceError(f"--max-num-seqs {config.max_num_seqs}: the GPU kernels take up to {MAX_SEQUENCES}")
     if model.vocab_size > MAX_VOCAB_SIZE:
-        raise DeviceError(
+        raise UnsupportedDeviceError(
             f"a vocabulary of {model.vocab_size}: the GPU kernels take up to {MAX_VOCAB_SIZE} "
             "(--device cpu does without)"
         )
     if model.hidden_size % 16:
-        raise DeviceError(
+        raise UnsupportedDeviceError(
             f"a hidden size of {model.hidden_size}: the GPU kernels take multiples of 16 "
             "(--device cpu does without)"
         )
@@ -155,7 +155,7 @@ def _create(
             windows=[layer.sliding_window for layer in model.layers],
         )
     except ValueError as error:
-        raise DeviceError(f"{error} (--device cpu does without)") from error
+        raise UnsupportedDeviceError(f"{error} (--device cpu does without)") from error
     weight_plan = WeightPlan(model)
     workspace = _workspace_bytes(segments, model.num_hidden_layers, max_tokens, max_rows)
     free, total = device.memory()

@@ -62,6 +62,15 @@ def test_auto_goes_on_with_the_cpu_if_the_gpu_has_no_kernels(
     assert old_gpu.num_closed == 1
 
 
+def test_auto_does_not_hide_a_gpu_that_fails(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(is_required: bool) -> Any:
+        raise DeviceError("the GPU cannot be used (CUDA_ERROR_ECC_UNCORRECTABLE)")
+
+    _opens(monkeypatch, fail)
+    with pytest.raises(DeviceError, match="ECC"):
+        create_executor(RuntimeConfig(write_tiny_checkpoint("llama", tmp_path)))
+
+
 def test_a_gpu_that_was_asked_for_and_has_no_kernels_is_refused(
     old_gpu: ClosedDevice, tmp_path: Path
 ) -> None:
