@@ -19,6 +19,11 @@ def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
     return _up_to(max_num_batched_tokens, _PREFILL, 512)
 
 
+def largest_step(max_num_batched_tokens: int, max_rows: int) -> int:
+    """Tokens of the largest bucket: steps of rows may be padded beyond ``max_num_batched_tokens``."""
+    return max(max_num_batched_tokens, max_rows)
+
+
 def bucket_for(buckets: Sequence[int], number: int) -> int:
     """The smallest bucket that holds ``number``.
 

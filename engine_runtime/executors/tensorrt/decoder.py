@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
 from typing import Literal
 
-from engine_runtime.cuda import CudaDevice, CudaError, DeviceBuffer, Stream
+from engine_runtime.cuda import CudaError, DeviceBuffer, Stream
 from engine_runtime.executors.tensorrt.batch import StepInputs, StepShape
 from engine_runtime.executors.tensorrt.cuda_graphs import CudaGraph
 from engine_runtime.executors.tensorrt.segment import BoundSegment, DeviceSegment
@@ -69,7 +68,6 @@ class DeviceDecoder:
     def __init__(
         self,
         config: ModelConfig,
-        device: CudaDevice,
         stream: Stream,
         *,
         library: KernelLibrary,
@@ -96,7 +94,6 @@ class DeviceDecoder:
             CudaError: not enough memory.
         """
         self._config = config
-        self._device = device
         self._stream = stream
         self._segments = segments
         self._weights = weights
@@ -133,17 +130,6 @@ class DeviceDecoder:
         self._bodies: dict[int, list[BoundSegment]] = {}
         self._heads: dict[tuple[int, bool], BoundSegment] = {}
         self._graphs: dict[tuple[int, SamplingPath], CudaGraph | None] = {}
-
-    def prepare(self, token_counts: Sequence[int], row_counts: Sequence[int]) -> None:
-        """Makes the segments of these buckets; others are made when a step first needs them.
-
-        Raises:
-            TensorRTError: one cannot be made.
-        """
-        for count in token_counts:
-            self._body(count)
-        for count in row_counts:
-            self._head(count, is_decode=True)
 
     def run(self, shape: StepShape, path: SamplingPath) -> None:
         """Enqueues a run whose inputs are on their way to the device.

@@ -11,7 +11,7 @@ from typing import Literal
 from engine_runtime.cuda import CudaDevice, CudaError, NoDeviceError, Stream
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError, make_plan
 from engine_runtime.executors.tensorrt.batch import DeviceBatch, StepInputs
-from engine_runtime.executors.tensorrt.buckets import decode_buckets, token_buckets
+from engine_runtime.executors.tensorrt.buckets import decode_buckets, largest_step, token_buckets
 from engine_runtime.executors.tensorrt.decoder import DeviceDecoder, KvCache, buffer_sizes
 from engine_runtime.executors.tensorrt.engine_cache import EngineCache
 from engine_runtime.executors.tensorrt.executor import MAX_IN_FLIGHT, TensorRTExecutor
@@ -133,8 +133,7 @@ def _create(
     max_seqs = config.max_num_seqs or _DEFAULT_SEQS
     max_tokens = max(config.max_num_batched_tokens or _DEFAULT_BATCHED_TOKENS, max_seqs)
     max_rows = max(max_seqs, _LEAST_ROWS)
-    # A step of few tokens may be padded to a bucket of rows that is larger than --max-num-batched-tokens.
-    capacity = max(max_tokens, max_rows)
+    capacity = largest_step(max_tokens, max_rows)
     library = KernelLibrary(device)
     segments = SegmentFactory(model, device, EngineCache(), library)
     shape = AttentionShape(
@@ -214,7 +213,6 @@ def _create(
     undo.callback(cache.free)
     decoder = DeviceDecoder(
         model,
-        device,
         stream,
         library=library,
         segments=segments,

@@ -4,7 +4,12 @@ from itertools import pairwise
 
 import pytest
 
-from engine_runtime.executors.tensorrt.buckets import bucket_for, decode_buckets, token_buckets
+from engine_runtime.executors.tensorrt.buckets import (
+    bucket_for,
+    decode_buckets,
+    largest_step,
+    token_buckets,
+)
 
 
 @pytest.mark.parametrize("largest", [1, 3, 16, 64, 200, 256, 257, 1000, 4096])
@@ -25,3 +30,8 @@ def test_a_step_gets_the_smallest_bucket_that_holds_it() -> None:
     assert [bucket_for((1, 4, 9), number) for number in (1, 2, 4, 5, 9)] == [1, 4, 4, 9, 9]
     with pytest.raises(ValueError, match="10 is more than the largest bucket, 9"):
         bucket_for((1, 4, 9), 10)
+
+
+@pytest.mark.parametrize(("tokens", "rows"), [(50, 64), (8192, 256), (64, 64), (1, 64)])
+def test_no_bucket_is_larger_than_the_buffers(tokens: int, rows: int) -> None:
+    assert max(*token_buckets(tokens), *decode_buckets(rows)) == largest_step(tokens, rows)
