@@ -140,6 +140,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--shape", nargs="*", default=["128/128", "1024/128"], help="tokens in/out")
     parser.add_argument("--concurrency", nargs="*", type=int, default=[1, 16, 64, 256])
     parser.add_argument("--layers", type=int, default=32)
+    parser.add_argument("--max-num-batched-tokens", type=int, help="of a step")
     parser.add_argument("--rounds", type=float, default=3.0, help="requests a running sequence")
     parser.add_argument("--profile", type=Path, help="write a cProfile of the last measurement")
     options = parser.parse_args(arguments)
@@ -147,8 +148,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     begin = time.perf_counter()
     device = CudaDevice()
     executor, plan = create_gpu_executor(
-        RuntimeConfig(Path("random"), device="cuda", max_model_len=8192), device, config, None,
-        lambda what, done, total: None,
+        RuntimeConfig(
+            Path("random"), device="cuda", max_model_len=8192,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+        ),
+        device, config, None, lambda what, done, total: None,
     )  # fmt: skip
     print(
         f"{device.properties.name}; ready in {time.perf_counter() - begin:.1f} s\n{plan.table()}\n",

@@ -98,12 +98,25 @@ def test_prefix_hits(executor: Executor, recordings: list[Recording]) -> None:
 def test_preemptions(executor: Executor, recordings: list[Recording]) -> None:
     # A sequence is admitted with a block to spare, so it takes answers of several blocks to run out of them.
     some = [r for r in recordings if len(r.prompt_token_ids) <= 2 * _BLOCK]
+    prompts = [r.prompt_token_ids for r in some]
     limited = Limited(executor, max_num_seqs=16, num_blocks=26)
-    results, stats = generate(limited, [r.prompt_token_ids for r in some], 4 * _NUM_TOKENS)
+    greedy = SamplingParams(temperature=0.0, logprobs=2)
+    results, stats = generate(limited, prompts, 4 * _NUM_TOKENS, greedy)
     print(f"\n{stats.preemptions_total} preemptions")
     assert stats.preemptions_total >= 5
-    assert all(len(result.token_ids) == 4 * _NUM_TOKENS for result in results)
-    _check(results, some)
+    _check([replace(result, token_ids=result.token_ids[:_NUM_TOKENS]) for result in results], some)
+    # Most of them happen later, so the rest of the text is compared with that of an ample pool.
+    undisturbed, stats = generate(executor, prompts, 4 * _NUM_TOKENS, greedy)
+    assert stats.preemptions_total == 0
+    gaps = []
+    for result, other in zip(results, undisturbed, strict=True):
+        assert len(result.token_ids) == len(other.token_ids) == 4 * _NUM_TOKENS
+        for token_id, logprob in zip(result.token_ids, other.logprobs, strict=True):
+            if token_id != logprob.token_id:
+                gaps.append(logprob.top[0][1] - logprob.top[1][1])
+                break
+    print(f"gaps where texts part: {sorted(round(gap, 3) for gap in gaps)}")
+    assert max(gaps, default=0.0) < 2 * _LARGEST_GAP  # both are rounded
 
 
 def test_seeded_rows_do_not_depend_on_the_batch(executor: Executor, recordings: list[Recording]) -> None:

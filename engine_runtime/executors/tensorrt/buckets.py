@@ -6,7 +6,7 @@ from bisect import bisect_left
 from collections.abc import Sequence
 
 _DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-_PREFILL = (16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, 2048)
+_PREFILL = (16, 32, 64, 96, 128, 192, *range(256, 4096, 128))  # tiles have 128 rows at most
 
 
 def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
@@ -15,8 +15,9 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
 
 
 def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
-    """Of all other steps; ends with ``max_num_batched_tokens``. From 96 on, at most a third is padding."""
-    return _up_to(max_num_batched_tokens, _PREFILL, 512)
+    """Of all other steps; ends with ``max_num_batched_tokens``. From 96 on, at most a third is padding;
+    from 1024 on, an eighth."""
+    return _up_to(max_num_batched_tokens, (*_PREFILL, 4096), 256)
 
 
 def largest_step(max_num_batched_tokens: int, max_rows: int) -> int:
