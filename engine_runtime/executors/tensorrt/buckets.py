@@ -16,7 +16,7 @@ def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
 
 def token_buckets(max_num_batched_tokens: int) -> tuple[int, ...]:
     """Of all other steps; ends with ``max_num_batched_tokens``. From 96 on, at most a third is padding;
-    from 1024 on, an eighth."""
+    from 512 on, a quarter."""
     return _up_to(max_num_batched_tokens, (*_PREFILL, 4096), 256)
 
 

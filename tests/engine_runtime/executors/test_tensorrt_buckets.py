@@ -23,7 +23,7 @@ def test_little_of_a_step_is_padding() -> None:
     buckets = token_buckets(65536)
     for number in range(97, 65537, 7):
         padding = bucket_for(buckets, number) - number
-        assert padding <= number * (1 / 2 if number <= 1024 else 1 / 8)
+        assert padding <= number * (1 / 2 if number <= 512 else 1 / 4)
     assert len(buckets) < 60
 
 
