@@ -16,7 +16,6 @@ from server.detokenizer import IncrementalDetokenizer
 from server.engine_protocol import EngineClient
 from server.engine_streams import EngineStreams
 from server.metrics import Metrics, RequestTimer
-from server.sse import DONE
 from server.tokenizer import Tokenizer
 
 
@@ -38,7 +37,7 @@ class Usage:
 
 
 class AnswerForm(Protocol):
-    """How an endpoint writes an answer. The methods but the last return whole events of a stream."""
+    """How an endpoint writes an answer. The methods but the last return whole events of a stream, or none."""
 
     def first(self, choice: Choice) -> bytes:
         """Before the first text of a choice."""
@@ -52,7 +51,9 @@ class AnswerForm(Protocol):
         """After the last text of a choice, with its finish reason."""
         ...
 
-    def usage(self, usage: Usage) -> bytes: ...
+    def end(self, usage: Usage) -> bytes:
+        """After the last choice: what tells the client that the stream is whole."""
+        ...
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """The body of a response that is no stream."""
@@ -91,7 +92,7 @@ class Answer:
         metrics.params_n.observe(call.n)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
-        """Chunks of events, up to ``[DONE]``. What arrives together goes out together. Raises ApiError."""
+        """Chunks of events, to the end. What arrives together goes out together. Raises ApiError."""
         form = self._form
         has_begun = [False] * len(self._choices)
         async with aclosing(self._texts()) as texts:
@@ -107,7 +108,8 @@ class Answer:
                         chunk += form.last(choice)
                 if chunk:
                     yield chunk
-        yield (form.usage(self._usage()) if self._call.include_usage else b"") + DONE
+        if end := form.end(self._usage()):
+            yield end
 
     async def whole(self) -> bytes:
         """The body of the response. Raises ApiError."""

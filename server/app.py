@@ -38,7 +38,8 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
 
 
 async def _answer_api_error(request: Request, error: Exception) -> Response:
-    return _response(api_error(error, request.state.request_id))
+    told = api_error(error, request.state.request_id, request.scope["path"])
+    return Response(told.body(), told.status, told.headers, "application/json")
 
 
 async def _answer_http_exception(request: Request, error: Exception) -> Response:
@@ -47,9 +48,6 @@ async def _answer_http_exception(request: Request, error: Exception) -> Response
     asked = f"{request.method} {excerpt(request.url.path)}"
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        return _response(MethodNotAllowedError(f"{asked} is not allowed.", headers={"allow": allowed}))
-    return _response(UnknownUrlError(f"{asked} does not exist on this server."))
-
-
-def _response(error: ApiError) -> Response:
-    return Response(error.body(), error.status, error.headers, "application/json")
+        refused = MethodNotAllowedError(f"{asked} is not allowed.", headers={"allow": allowed})
+        return await _answer_api_error(request, refused)
+    return await _answer_api_error(request, UnknownUrlError(f"{asked} does not exist on this server."))

@@ -10,6 +10,7 @@ from server.answer import Usage
 from server.call import Call
 from server.choice import Choice
 from server.logprobs import chat_logprobs
+from server.sse import DONE
 from server.tokenizer import Tokenizer
 
 _encode = msgspec.json.Encoder().encode
@@ -74,8 +75,10 @@ class ChatForm:
             )
         )
 
-    def usage(self, usage: Usage) -> bytes:
-        return self._head + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"
+    def end(self, usage: Usage) -> bytes:
+        if not self._call.include_usage:
+            return DONE
+        return self._head + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n" + DONE
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         call = self._call

@@ -90,6 +90,11 @@ class Choice:
         self.num_tokens = 0
 
     @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the answer, if one did."""
+        return self._detokenizer.stopped_by
+
+    @property
     def text(self) -> str:
         """All text of the answer so far."""
         return self._detokenizer.text

@@ -11,6 +11,7 @@ from server.answer import Usage
 from server.call import Call
 from server.choice import Choice
 from server.logprobs import CompletionLogprobs, joined
+from server.sse import DONE
 from server.tokenizer import Tokenizer
 
 _encode = msgspec.json.Encoder().encode
@@ -58,8 +59,10 @@ class CompletionForm:
         logprobs = self._generated_logprobs(choice) if self._logprobs and choice.logprobs else None
         return self._chunk(choice, "", logprobs, choice.finish_reason)
 
-    def usage(self, usage: Usage) -> bytes:
-        return self._head + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n"
+    def end(self, usage: Usage) -> bytes:
+        if not self._call.include_usage:
+            return DONE
+        return self._head + b'],"usage":' + _encode(usage.as_json()) + b"}\n\n" + DONE
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         shown = []

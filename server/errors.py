@@ -50,6 +50,10 @@ class ApiError(Exception):
             }
         )
 
+    def event(self) -> bytes:
+        """The error as the last event of a stream."""
+        return b"data: " + self.body() + b"\n\n"
+
 
 class InvalidRequestError(ApiError):
     status = 400

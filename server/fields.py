@@ -13,16 +13,12 @@ from server.errors import UnsupportedParameterError
 from server.protocol import (
     ChatCompletionRequest,
     CompletionRequest,
-    DetokenizeRequest,
     GenerateParameters,
-    GenerateRequest,
     Message,
     ModelFields,
     SamplingFields,
     StreamOptions,
-    TextPart,
     TokenizeChatRequest,
-    TokenizeCompletionRequest,
     WireModel,
 )
 
@@ -83,7 +79,6 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "best_of": (1,),
         "add_special_tokens": (True,),
     },
-    TokenizeCompletionRequest: {},
     TokenizeChatRequest: {
         "tools": ([],),
         "add_special_tokens": (False,),
@@ -92,8 +87,6 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "chat_template_kwargs": ({},),
         "mm_processor_kwargs": ({},),
     },
-    DetokenizeRequest: {},
-    GenerateRequest: {},
     GenerateParameters: {
         "typical_p": (),
         "watermark": (False,),
@@ -110,7 +103,6 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "refusal": (),
         "reasoning_content": ("",),
     },
-    TextPart: {},
 }
 # Known, and ignored on purpose: they change nothing about the answer.
 _IGNORED = frozenset(
@@ -134,16 +126,24 @@ def check_fields(body: ModelFields, count_unknown: Callable[[str], None]) -> Non
         UnsupportedParameterError: naming the first field that asks for something this server does not do.
     """
     _check(body, (), count_unknown, {"best_of": body.n} if isinstance(body, SamplingFields) else {})
-    if isinstance(body, SamplingFields) and body.stream_options is not None:
-        _check(body.stream_options, ("stream_options",), count_unknown, {})
-    if isinstance(body, GenerateRequest) and body.parameters is not None:
-        _check(body.parameters, ("parameters",), count_unknown, {})
-    if isinstance(body, (ChatCompletionRequest, TokenizeChatRequest)):
-        for index, message in enumerate(body.messages):
-            _check(message, ("messages", index), count_unknown, {})
-            if not isinstance(message.content, str):
-                for position, part in enumerate(message.content):
-                    _check(part, ("messages", index, "content", position), count_unknown, {})
+    _check_within(body, (), count_unknown)
+
+
+def _check_within(
+    model: WireModel, path: tuple[str | int, ...], count_unknown: Callable[[str], None]
+) -> None:
+    """Checks the objects inside ``model``, however deep."""
+    for name in type(model).model_fields:
+        value = getattr(model, name)
+        if isinstance(value, WireModel):
+            parts: list[tuple[WireModel, tuple[str | int, ...]]] = [(value, (*path, name))]
+        elif isinstance(value, list) and value and isinstance(value[0], WireModel):
+            parts = [(part, (*path, name, index)) for index, part in enumerate(value)]
+        else:
+            continue
+        for part, where in parts:
+            _check(part, where, count_unknown, {})
+            _check_within(part, where, count_unknown)
 
 
 def _check(
@@ -154,7 +154,7 @@ def _check(
 ) -> None:
     if not model.model_extra:
         return
-    unsupported = _UNSUPPORTED[type(model)]
+    unsupported = _UNSUPPORTED.get(type(model), {})
     for name, value in model.model_extra.items():
         if name in unsupported:
             allowed = unsupported[name]

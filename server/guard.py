@@ -14,6 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api_keys import ApiKeys, cache_scope
 from server.cors import Cors
+from server.error_forms import in_form_of
 from server.errors import (
     ApiError,
     BodyTooLargeError,
@@ -46,8 +47,8 @@ class Guard:
     - Preflights of allowed origins are answered here, and need no key: browsers send none.
     - A body over ``max_body_bytes`` is refused before it is read if its length is announced, and at the byte
       that crosses the limit if it is not. Compressed bodies are refused.
-    - Whatever is raised becomes OpenAI's error object. Exceptions that are no ``ApiError`` are logged with
-      the request id and answered as a plain 500.
+    - Whatever is raised becomes the error object of the path's API, mostly OpenAI's. Exceptions that are no
+      ``ApiError`` are logged with the request id and answered as a plain 500.
     """
 
     def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys, cors: Cors) -> None:
@@ -103,12 +104,13 @@ class Guard:
         except asyncio.CancelledError:
             # uvicorn cancels what is still running at the end of its patience; this is the top of the task.
             if not has_started:
-                await send_error(ShuttingDownError(), marked_send)
+                told = api_error(ShuttingDownError(), request_id, scope["path"])
+                await send_error(told, marked_send)
         except Exception as error:
             if has_started:
                 _log.exception("request %s failed after its response had begun", request_id)
                 raise
-            await send_error(api_error(error, request_id), marked_send)
+            await send_error(api_error(error, request_id, scope["path"]), marked_send)
 
     def _authenticate(self, path: str, headers: dict[bytes, bytes]) -> str | None:
         if not self._api_keys or path in _OPEN_PATHS:
@@ -138,15 +140,14 @@ def _request_id(sent: bytes | None) -> str:
     return f"req_{uuid.uuid4().hex}"
 
 
-def api_error(error: Exception, request_id: str) -> ApiError:
-    """What the client is told about an exception; what it is not told goes to the log."""
+def api_error(error: Exception, request_id: str, path: str) -> ApiError:
+    """What the client of ``path`` is told about an exception; what it is not told goes to the log."""
     if isinstance(error, EngineDeadError):
         _log.warning("request %s: %s", request_id, error.reason)
-        return error
-    if isinstance(error, ApiError):
-        return error
-    _log.error("request %s failed", request_id, exc_info=error)
-    return InternalError()
+    elif not isinstance(error, ApiError):
+        _log.error("request %s failed", request_id, exc_info=error)
+        error = InternalError()
+    return in_form_of(path, error, request_id)
 
 
 async def send_error(error: ApiError, send: Send) -> None:

@@ -24,8 +24,8 @@ MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 256
 MAX_MESSAGES = 16_384
 
-_INT64_MAX = 2**63 - 1
-_INT32_MAX = 2**31 - 1
+INT64_MAX = 2**63 - 1
+INT32_MAX = 2**31 - 1
 
 
 def _not_negative_zero(value: float) -> float:
@@ -52,7 +52,7 @@ def _text_type(value: Any) -> Any:
     return value
 
 
-def _tag_of_text(value: Any) -> str | None:
+def tag_of_text(value: Any) -> str | None:
     if isinstance(value, str):
         return "<one>"
     return "<many>" if isinstance(value, list) else None
@@ -69,15 +69,15 @@ def _tag_of_prompt(value: Any) -> str | None:
     return "<ids>" if isinstance(first, int) else "<texts>"
 
 
-def _expected(what: str) -> dict[str, Any]:
+def expected(what: str) -> dict[str, Any]:
     return {"custom_error_type": "wrong_type", "custom_error_message": f"expected {what}"}
 
 
 # Tags of alternatives stand in angle brackets, so that ``field_errors`` can leave them out of a path.
-_Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_not_negative_zero)]
-_TokenId = Annotated[int, Field(ge=0, le=_INT32_MAX)]
-_TokenIds = Annotated[list[_TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
-_StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
+Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_not_negative_zero)]
+TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
+TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
 class WireModel(BaseModel):
@@ -94,7 +94,7 @@ class Message(WireModel):
     content: Annotated[
         Annotated[str, Tag("<one>")]
         | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<many>")],
-        Discriminator(_tag_of_text, **_expected("a string or an array of text parts")),
+        Discriminator(tag_of_text, **expected("a string or an array of text parts")),
     ]
     name: str | None = None
 
@@ -115,43 +115,43 @@ class SamplingFields(ModelFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
-    temperature: Annotated[_Number, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[_Number, Field(gt=0.0, le=1.0)] | None = None
-    top_k: Annotated[int, Field(ge=-1, le=_INT32_MAX)] | None = None
-    min_p: Annotated[_Number, Field(ge=0.0, le=1.0)] | None = None
-    seed: Annotated[int, Field(ge=-_INT64_MAX - 1, le=_INT64_MAX)] | None = None
-    presence_penalty: Annotated[_Number, Field(ge=-2.0, le=2.0)] | None = None
-    frequency_penalty: Annotated[_Number, Field(ge=-2.0, le=2.0)] | None = None
-    repetition_penalty: Annotated[_Number, Field(gt=0.0, le=10.0)] | None = None
+    temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
+    min_p: Annotated[Number, Field(ge=0.0, le=1.0)] | None = None
+    seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
+    presence_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0.0, le=10.0)] | None = None
     logit_bias: (
         Annotated[
-            dict[str, Annotated[_Number, Field(ge=-100.0, le=100.0)]],
+            dict[str, Annotated[Number, Field(ge=-100.0, le=100.0)]],
             BeforeValidator(_few_biases),
         ]
         | None
     ) = None
     stop: (
         Annotated[
-            Annotated[_StopString, Tag("<one>")]
-            | Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), Tag("<many>")],
-            Discriminator(_tag_of_text, **_expected("a string or an array of strings")),
+            Annotated[StopString, Tag("<one>")]
+            | Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True), Tag("<many>")],
+            Discriminator(tag_of_text, **expected("a string or an array of strings")),
         ]
         | None
     ) = None
-    stop_token_ids: Annotated[list[_TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
+    stop_token_ids: Annotated[list[TokenId], Field(max_length=MAX_STOP_TOKENS, fail_fast=True)] | None = None
     include_stop_str_in_output: bool | None = None
     ignore_eos: bool | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
     skip_special_tokens: bool | None = None
-    priority: Annotated[int, Field(ge=-_INT32_MAX, le=_INT32_MAX)] | None = None
+    priority: Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     user: str | None = None
 
 
 class ChatCompletionRequest(SamplingFields):
     messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_tokens: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = None
+    max_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+    max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
@@ -160,14 +160,14 @@ class CompletionRequest(SamplingFields):
     prompt: Annotated[
         Annotated[str, Tag("<text>")]
         | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
-        | Annotated[_TokenIds, Tag("<ids>")]
-        | Annotated[list[_TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<many ids>")],
+        | Annotated[TokenIds, Tag("<ids>")]
+        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<many ids>")],
         Discriminator(
-            _tag_of_prompt, **_expected("a string, an array of strings, or an array (of arrays) of token ids")
+            _tag_of_prompt, **expected("a string, an array of strings, or an array (of arrays) of token ids")
         ),
     ]
     # 0 is for scoring a prompt with ``echo``.
-    max_tokens: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
+    max_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
 
@@ -185,22 +185,22 @@ class TokenizeChatRequest(ModelFields):
 
 
 class DetokenizeRequest(ModelFields):
-    tokens: Annotated[list[_TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+    tokens: Annotated[list[TokenId], Field(max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 
 
 class GenerateParameters(WireModel):
     """What TGI calls ``parameters``."""
 
-    max_new_tokens: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = None
-    temperature: Annotated[_Number, Field(gt=0.0, le=2.0)] | None = None
-    top_k: Annotated[int, Field(ge=1, le=_INT32_MAX)] | None = None
-    top_p: Annotated[_Number, Field(gt=0.0, le=1.0)] | None = None
-    repetition_penalty: Annotated[_Number, Field(gt=0.0, le=10.0)] | None = None
-    frequency_penalty: Annotated[_Number, Field(ge=-2.0, le=2.0)] | None = None
-    seed: Annotated[int, Field(ge=0, le=_INT64_MAX)] | None = None
+    max_new_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
+    temperature: Annotated[Number, Field(gt=0.0, le=2.0)] | None = None
+    top_k: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
+    repetition_penalty: Annotated[Number, Field(gt=0.0, le=10.0)] | None = None
+    frequency_penalty: Annotated[Number, Field(ge=-2.0, le=2.0)] | None = None
+    seed: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
     do_sample: bool | None = None
-    stop: Annotated[list[_StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
-    truncate: Annotated[int, Field(ge=1, le=_INT64_MAX)] | None = None
+    stop: Annotated[list[StopString], Field(max_length=MAX_STOP_STRINGS, fail_fast=True)] | None = None
+    truncate: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     top_n_tokens: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     return_full_text: bool | None = None
     details: bool | None = None

@@ -12,7 +12,7 @@ from collections.abc import AsyncGenerator
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
-from server.errors import ApiError, ShuttingDownError
+from server.errors import ShuttingDownError
 from server.guard import SEND_BODY, api_error, send_error
 
 DONE = b"data: [DONE]\n\n"
@@ -23,11 +23,6 @@ _MIN_SLEEP_S = 1.0
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
 # A reader that takes nothing for so long is gone, whatever its connection says.
 _STALL_S = 30.0
-
-
-def error_event(error: ApiError) -> bytes:
-    """An error as the last event of a stream."""
-    return b"data: " + error.body() + b"\n\n"
 
 
 class EventStream(EventSourceResponse):
@@ -47,6 +42,7 @@ class EventStream(EventSourceResponse):
         super().__init__(chunks, sep="\n", ping=int(_KEEP_ALIVE_S))
         self._chunks = chunks
         self._request_id = request_id
+        self._path = ""
         self._has_started = False
         self._last_sent = 0.0
         self._is_sending = False
@@ -54,6 +50,7 @@ class EventStream(EventSourceResponse):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         self._last_sent = asyncio.get_running_loop().time()
+        self._path = scope["path"]
         # In a task of its own each token resumes this file's frames, not the dozen of the routing above.
         streaming = asyncio.create_task(self._stream(send, scope.get(SEND_BODY, send)))
         watching = asyncio.create_task(self._watch_client(receive, streaming))
@@ -76,7 +73,7 @@ class EventStream(EventSourceResponse):
             if self._is_shutting_down:
                 await self._send_error(ShuttingDownError(), send)
         except Exception as error:
-            await self._send_error(api_error(error, self._request_id), send)
+            await self._send_error(error, send)
         finally:
             # Cancelled while sending, the generator is still open.
             await self._chunks.aclose()
@@ -98,11 +95,12 @@ class EventStream(EventSourceResponse):
         self._has_started = True
         await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
 
-    async def _send_error(self, error: ApiError, send: Send) -> None:
+    async def _send_error(self, error: Exception, send: Send) -> None:
+        told = api_error(error, self._request_id, self._path)
         if not self._has_started:
-            await send_error(error, send)
+            await send_error(told, send)
             return
-        await send({"type": "http.response.body", "body": error_event(error), "more_body": False})
+        await send({"type": "http.response.body", "body": told.event(), "more_body": False})
 
     async def _watch_client(self, receive: Receive, streaming: asyncio.Task[None]) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -89,8 +89,8 @@ class TgiForm:
         whole = {"generated_text": self._prefix + choice.text, "details": details}
         return b"".join(map(self._event, shown[:-1])) + self._event(shown[-1], whole)
 
-    def usage(self, usage: Usage) -> bytes:
-        return b""
+    def end(self, usage: Usage) -> bytes:
+        return b""  # the event with the whole text was the last
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         [choice] = choices

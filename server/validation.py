@@ -56,31 +56,55 @@ class Validator:
     async def chat(self, body: dict[str, Any], num_bytes: int) -> Call:
         """A call of ``/v1/chat/completions``. Raises ApiError."""
         arrival = time.monotonic()
-        wire = await self._sampling(ChatCompletionRequest, body, num_bytes)
+        return await self.chat_of(await self._sampling(ChatCompletionRequest, body, num_bytes), arrival)
+
+    async def chat_of(
+        self,
+        wire: ChatCompletionRequest,
+        arrival: float,
+        *,
+        id_prefix: str = "chatcmpl-",
+        prompt_name: str = "messages",
+        limit_name: str | None = None,
+    ) -> Call:
+        """A call from a parsed body; ``prompt_name`` and ``limit_name`` are its fields in messages.
+
+        Raises:
+            ApiError: the model cannot answer it.
+        """
         if wire.top_logprobs is not None and not wire.logprobs:
             raise InvalidRequestError(
                 "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs", code="invalid_value"
             )
         spec = self._engine.spec
-        messages = [template_message(message) for message in wire.messages]
-        try:
-            token_ids = await self._tokenization.encode_chat(messages, max_context(spec))
-        except TextTooLongError as error:
-            raise far_too_long(error, spec, "messages") from None
-        except (ChatTemplateError, InvalidTextError) as error:
-            raise InvalidRequestError(str(error), param="messages", code="invalid_value") from None
-        limit_name = "max_tokens" if wire.max_completion_tokens is None else "max_completion_tokens"
+        token_ids = await self.chat_prompt(wire, max_context(spec), prompt_name)
+        if limit_name is None:
+            limit_name = "max_tokens" if wire.max_completion_tokens is None else "max_completion_tokens"
         limit = wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens
         prompt = Prompt(tuple(token_ids))
-        max_tokens = _max_tokens(len(token_ids), limit, None, spec, "messages", limit_name)
+        max_tokens = _max_tokens(len(token_ids), limit, None, spec, prompt_name, limit_name)
         return self._call(
             wire,
             arrival=arrival,
-            id_prefix="chatcmpl",
+            id_prefix=id_prefix,
             prompts=[prompt],
             max_tokens=[max_tokens],
             num_logprobs=(wire.top_logprobs or 0) if wire.logprobs else None,
         )
+
+    async def chat_prompt(self, wire: ChatCompletionRequest, limit: int, prompt_name: str) -> list[int]:
+        """Token ids of a chat up to where its answer begins, maybe a few more than ``limit``.
+
+        Raises:
+            ApiError: there are certainly more than ``limit``, or the template refuses the chat.
+        """
+        messages = [template_message(message) for message in wire.messages]
+        try:
+            return await self._tokenization.encode_chat(messages, limit)
+        except TextTooLongError as error:
+            raise far_too_long(error, self._engine.spec, prompt_name) from None
+        except (ChatTemplateError, InvalidTextError) as error:
+            raise InvalidRequestError(str(error), param=prompt_name, code="invalid_value") from None
 
     async def completion(self, body: dict[str, Any], num_bytes: int) -> Call:
         """A call of ``/v1/completions``. Raises ApiError."""
@@ -126,7 +150,7 @@ class Validator:
         return self._call(
             wire,
             arrival=arrival,
-            id_prefix="cmpl",
+            id_prefix="cmpl-",
             prompts=prompts,
             max_tokens=max_tokens,
             num_logprobs=wire.logprobs,
@@ -221,7 +245,7 @@ class Validator:
         is_scoring: bool = False,
     ) -> Call:
         n = wire.n or 1
-        call_id = f"{id_prefix}-{uuid.uuid4().hex}"
+        call_id = f"{id_prefix}{uuid.uuid4().hex}"
         num_choices = n * len(prompts)
         seed = secrets.randbits(63) if wire.seed is None else wire.seed
         shared = self._shared_params(wire, num_logprobs, num_logprobs if echo else None)

@@ -15,7 +15,7 @@ from server.errors import ApiError
 from server.guard import api_error
 from server.protocol import MAX_STOP_STRINGS, GenerateParameters, GenerateRequest
 from server.service import VERSION, service_of, while_connected
-from server.sse import DONE, EventStream
+from server.sse import EventStream
 from server.tgi_form import TgiError, TgiForm
 from server.tgi_validation import generate_call
 from server.validation import max_context
@@ -68,7 +68,7 @@ async def info(request: Request) -> Response:
 
 async def _answer(request: Request, *, is_stream: bool | None) -> Response:
     """``is_stream`` None leaves it to the body. Raises TgiError."""
-    request_id = request.state.request_id
+    request_id, path = request.state.request_id, request.scope["path"]
     service = service_of(request)
     tokenization, validator = service.tokenization, service.validator
     try:
@@ -84,20 +84,19 @@ async def _answer(request: Request, *, is_stream: bool | None) -> Response:
         form = TgiForm(call, tokenization.tokenizer, wire.inputs, parameters, as_list=is_stream is None)
         answer = service.answer_to(call, form)
         if call.is_stream:
-            return EventStream(_events(answer, request_id), request_id)
+            return EventStream(_events(answer, request_id, path), request_id)
         return Response(await while_connected(request, answer.whole()), media_type="application/json")
     except ClientDisconnect:
         raise
     except Exception as error:
-        raise TgiError(api_error(error, request_id)) from error
+        raise TgiError(api_error(error, request_id, path)) from error
 
 
-async def _events(answer: Answer, request_id: str) -> AsyncGenerator[bytes, None]:
-    """The answer's events. TGI knows no ``[DONE]``: the event with the whole text is the last."""
+async def _events(answer: Answer, request_id: str, path: str) -> AsyncGenerator[bytes, None]:
+    """The answer's events, with errors in TGI's form."""
     try:
         async with aclosing(answer.events()) as chunks:
             async for chunk in chunks:
-                if chunk != DONE:
-                    yield chunk
+                yield chunk
     except Exception as error:
-        raise TgiError(api_error(error, request_id)) from error
+        raise TgiError(api_error(error, request_id, path)) from error
