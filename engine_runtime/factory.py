@@ -38,7 +38,7 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
             try:
                 made = _on_gpu(config, checkpoint, report)
             except UnsupportedDeviceError as error:
-                if config.device == "cuda":
+                if _needs_gpu(config):
                     raise
                 _logger.warning("the CPU computes, since the GPU cannot: %s", error)
                 made = None
@@ -61,6 +61,16 @@ def _on_gpu(
     if device is None:
         return None
     return create_gpu_executor(config, device, checkpoint.config, checkpoint, report)
+
+
+def _needs_gpu(config: RuntimeConfig) -> bool:
+    """Whether the user has asked for what only a GPU does."""
+    return (
+        config.device == "cuda"
+        or config.dtype == "bfloat16"
+        or config.quantization != "auto"
+        or config.kv_cache_dtype != "auto"
+    )
 
 
 def _wants_gpu(config: RuntimeConfig) -> bool:

@@ -22,6 +22,9 @@ class RuntimeConfig:
         dtype: on a CPU ``float32``, which is exact, or ``int8``, which quantizes matrix products; on a GPU
             ``bfloat16``. ``auto`` is int8 where the processor multiplies 8-bit numbers exactly (VNNI),
             else float32, and bfloat16 on a GPU.
+        quantization: of the projections of every layer, on a GPU. ``fp8`` is E4M3 with a factor for each
+            row, made while loading; ``auto`` is what the checkpoint holds.
+        kv_cache_dtype: ``auto`` is that of the activations; ``fp8``, on a GPU, is E4M3.
         max_model_len: longest sequence; None: what the model claims, if memory allows.
         kv_cache_bytes: None: a part of the memory that is available.
         gpu_memory_utilization: of a GPU's memory, the part that may be used in all.
@@ -34,6 +37,8 @@ class RuntimeConfig:
     model_path: Path
     device: Literal["auto", "cuda", "cpu"] = "auto"
     dtype: Literal["auto", "float32", "int8", "bfloat16"] = "auto"
+    quantization: Literal["auto", "none", "fp8"] = "auto"
+    kv_cache_dtype: Literal["auto", "fp8"] = "auto"
     max_model_len: int | None = None
     kv_cache_bytes: int | None = None
     gpu_memory_utilization: float = 0.92

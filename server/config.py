@@ -125,6 +125,14 @@ class ServerConfig:
         group="model",
         metavar="DTYPE",
     )
+    quantization: Literal["auto", "none", "fp8"] = _flag(
+        "auto",
+        _one_of("auto", "none", "fp8"),
+        "weights of the layers on a GPU: auto (as the checkpoint holds them), none (16 bits) or fp8 (8 bits, "
+        "rounded while loading; compute capability 9.0)",
+        group="model",
+        metavar="FORM",
+    )
     max_model_len: int | None = _flag(
         None,
         _integer(1),
@@ -190,6 +198,13 @@ class ServerConfig:
         "memory for keys and values, such as 512MiB (default: from the free memory)",
         group="scheduling",
         metavar="SIZE",
+    )
+    kv_cache_dtype: Literal["auto", "fp8"] = _flag(
+        "auto",
+        _one_of("auto", "fp8"),
+        "keys and values on a GPU: auto (16 bits) or fp8 (twice as many tokens, less exact)",
+        group="scheduling",
+        metavar="DTYPE",
     )
     gpu_memory_utilization: float = _flag(
         0.92,

@@ -196,6 +196,8 @@ def run_engine(address: str, parent_id: int) -> int:
                     model_path=Path(start.model_path),
                     device=config.device,
                     dtype=config.dtype,
+                    quantization=config.quantization,
+                    kv_cache_dtype=config.kv_cache_dtype,
                     max_model_len=config.max_model_len,
                     kv_cache_bytes=config.kv_cache_bytes,
                     gpu_memory_utilization=config.gpu_memory_utilization,

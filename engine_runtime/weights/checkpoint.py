@@ -12,6 +12,7 @@ from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.segment import WeightInput
 from engine_runtime.weights.errors import CheckpointError
 from engine_runtime.weights.expected_tensors import EMBEDDING, LM_HEAD, expected_tensors
+from engine_runtime.weights.fp8_tensor import Fp8Tensor
 from engine_runtime.weights.gguf_tensors import GgufTensors
 from engine_runtime.weights.hf_folder import PICKLE_SUFFIXES, HfFolder
 from engine_runtime.weights.tensor_source import TensorSource
@@ -59,6 +60,23 @@ class Checkpoint:
             CheckpointError: its type is not supported.
         """
         return self._source.read(self._stored_name(name))
+
+    @property
+    def holds_fp8(self) -> bool:
+        """Whether projections are stored in E4M3."""
+        return any(self.is_fp8(name) for name in self.names)
+
+    def is_fp8(self, name: str) -> bool:
+        """Whether the tensor is stored in E4M3."""
+        return self._stored_name(name) in self._source.fp8_names
+
+    def read_fp8(self, name: str) -> Fp8Tensor:
+        """A tensor that is stored in E4M3, as it is stored. May be called from several threads.
+
+        Raises:
+            CheckpointError: a factor is not a finite number.
+        """
+        return self._source.read_fp8(self._stored_name(name))
 
     def read_weight(
         self, weight: WeightInput, *, layer: int | None = None, next_layer: int | None = None

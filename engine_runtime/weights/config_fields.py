@@ -24,6 +24,10 @@ class ConfigFields:
     def has(self, name: str) -> bool:
         return self._values.get(self._prefix + name) is not None
 
+    def names(self) -> tuple[str, ...]:
+        """Of all fields that are not null."""
+        return tuple(name for name in self._values if self._values[name] is not None)
+
     def integer(self, name: str, default: int | object = REQUIRED) -> int:
         value = self._get(name, default)
         if isinstance(value, bool) or not isinstance(value, int):

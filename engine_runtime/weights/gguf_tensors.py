@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine_runtime.model_config import ConfigError, ModelConfig
 from engine_runtime.weights.errors import CheckpointError
+from engine_runtime.weights.fp8_tensor import Fp8Tensor
 from engine_runtime.weights.gguf_config import read_gguf_config
 from engine_runtime.weights.gguf_file import GgufFile, GgufTensor
 from engine_runtime.weights.tensor_source import stored_floats
@@ -65,6 +66,8 @@ class GgufTensors:
         CheckpointError: the file is broken, one of several parts, or not supported.
     """
 
+    fp8_names = frozenset[str]()
+
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = GgufFile(path)
@@ -103,6 +106,9 @@ class GgufTensors:
         tensor = self._read_stored(self._tensors[name])
         num_heads = self._permuted.get(name.split(".")[-2])
         return tensor if num_heads is None else _unpermute(tensor, num_heads)
+
+    def read_fp8(self, name: str) -> Fp8Tensor:
+        raise KeyError(name)  # no type of GGUF is E4M3
 
     def close(self) -> None:
         self._file.close()

@@ -14,6 +14,7 @@ from engine_runtime.model_config import ConfigError, LayerConfig, ModelConfig, c
 from engine_runtime.models.architectures import require_architecture
 from engine_runtime.rope import LinearScaling, Llama3Scaling, RopeConfig, RopeScaling, YarnScaling
 from engine_runtime.weights.config_fields import REQUIRED, ConfigFields
+from engine_runtime.weights.quantization_config import check_quantization
 
 _ARCHITECTURE_OF_MODEL_TYPE = {"gemma3_text": "gemma3"}
 
@@ -31,7 +32,7 @@ def read_hf_config(
 
     Raises:
         ConfigError: an unsupported architecture, a field that is missing or of the wrong type, custom code, a
-            quantized checkpoint, or an option that the graphs do not implement.
+            checkpoint quantized in a way that is not read, or an option that the graphs do not implement.
     """
     top = ConfigFields(config)
     _refuse_what_is_not_weights(top)
@@ -91,11 +92,7 @@ def _refuse_what_is_not_weights(top: ConfigFields) -> None:
             "Use a checkpoint of a supported architecture without custom code"
         )
     if top.has("quantization_config"):
-        method = top.mapping("quantization_config").text("quant_method", "an unnamed method")
-        raise ConfigError(
-            f"the checkpoint is quantized with {method}, which is not supported. "
-            "Use the original float16, bfloat16 or float32 checkpoint, or a .gguf file"
-        )
+        check_quantization(top.mapping("quantization_config"))
 
 
 def _head_dim(fields: ConfigFields, architecture: str, hidden_size: int, num_heads: int) -> int:

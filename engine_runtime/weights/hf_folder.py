@@ -11,13 +11,17 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine_runtime.model_config import ConfigError, ModelConfig
+from engine_runtime.weights.config_fields import ConfigFields
 from engine_runtime.weights.errors import CheckpointError
 from engine_runtime.weights.expected_tensors import is_norm
+from engine_runtime.weights.fp8_tensor import Fp8Tensor, is_scale_shape
 from engine_runtime.weights.hf_config import read_hf_config
+from engine_runtime.weights.quantization_config import check_modelopt
 from engine_runtime.weights.safetensors_file import SafetensorsFile
 
 _CONFIG = "config.json"
 _GENERATION_CONFIG = "generation_config.json"
+_MODELOPT_CONFIG = "hf_quant_config.json"
 _SINGLE_FILE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _MAX_CONFIG_BYTES = 1 << 20
@@ -37,6 +41,7 @@ class HfFolder:
     """The tensors of the folder; implements ``TensorSource``.
 
     Norm weights of Gemma are stored as the difference to 1; they are read as the factor itself, in float32.
+    A matrix in E4M3 has its factors beside it, as NAME_scale: one, or one for each row.
 
     Raises:
         CheckpointError: a file is missing, broken, or outside the folder.
@@ -51,6 +56,7 @@ class HfFolder:
             self.config: ModelConfig = read_hf_config(config, generation_config)
         except ConfigError as error:
             raise CheckpointError(f"{folder / _CONFIG}: {error}") from error
+        self._check_modelopt()
 
         self._files: list[SafetensorsFile] = []
         self._file_of: dict[str, tuple[SafetensorsFile, str]] = {}
@@ -69,17 +75,62 @@ class HfFolder:
                 self.shapes[name] = shape
         self.num_bytes = sum(file.num_bytes for file in self._files)
         self.fingerprint = digest.hexdigest()
+        self.fp8_names = frozenset(name for name in self.shapes if self._type_of(name) == "F8_E4M3")
+        for name in self.fp8_names:
+            self._check_scales(name)
 
     def read(self, name: str) -> NDArray[Any]:
-        file, stored_name = self._file_of[name]
-        tensor = file.read(stored_name)
+        if name in self.fp8_names:
+            return self.read_fp8(name).dequantized()
+        tensor = self._read_stored(name)
         if self.config.architecture == "gemma3" and is_norm(name):
             return tensor.astype(np.float32) + np.float32(1)
         return tensor
 
+    def read_fp8(self, name: str) -> Fp8Tensor:
+        """
+        Raises:
+            CheckpointError: a factor is not a finite number.
+        """
+        values = self._read_stored(name)
+        scales = self._read_stored(f"{name}_scale").astype(np.float32).reshape(-1)
+        if not np.isfinite(scales).all():
+            raise CheckpointError(f"{self._folder}: {name}_scale holds something else than finite numbers")
+        return Fp8Tensor(values, np.ascontiguousarray(np.broadcast_to(scales, len(values))))
+
     def close(self) -> None:
         for file in self._files:
             file.close()
+
+    def _read_stored(self, name: str) -> NDArray[Any]:
+        file, stored_name = self._file_of[name]
+        return file.read(stored_name)
+
+    def _type_of(self, name: str) -> str:
+        file, stored_name = self._file_of[name]
+        return file.type_of(stored_name)
+
+    def _check_scales(self, name: str) -> None:
+        shape, scales = self.shapes[name], self.shapes.get(f"{name}_scale")
+        if scales is None:
+            raise CheckpointError(f"{self._folder}: tensor {name} is in FP8, and {name}_scale is missing")
+        if len(shape) != 2 or not is_scale_shape(scales, shape[0]):
+            raise CheckpointError(
+                f"{self._folder}: {name}_scale has shape {list(scales)} for {name} of shape {list(shape)}; "
+                "supported is one factor for each row or for the whole matrix"
+            )
+
+    def _check_modelopt(self) -> None:
+        """Older checkpoints of ModelOpt say in a file of their own how they are quantized."""
+        path = self._folder / _MODELOPT_CONFIG
+        if not path.exists():
+            return
+        try:
+            fields = ConfigFields(_read_json(path, _MAX_CONFIG_BYTES)).mapping("quantization")
+            if fields.has("quant_algo"):
+                check_modelopt(fields.text("quant_algo"))
+        except ConfigError as error:
+            raise CheckpointError(f"{path}: {error}") from error
 
     def _weight_files(self) -> list[Path]:
         if (self._folder / _INDEX).exists():

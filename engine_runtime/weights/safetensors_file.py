@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine_runtime.weights.errors import CheckpointError
+from engine_runtime.weights.fp8_tensor import E4M3
 from engine_runtime.weights.tensor_source import stored_floats
 
 # The largest published shards have headers of about 200 KB.
@@ -35,6 +36,7 @@ _READABLE: dict[str, np.dtype[Any]] = {
     "F32": np.dtype(np.float32),
     "F16": np.dtype(np.float16),
     "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F8_E4M3": E4M3,
 }
 
 
@@ -82,11 +84,15 @@ class SafetensorsFile:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: tensor.shape for name, tensor in self._tensors.items()}
 
+    def type_of(self, name: str) -> str:
+        """As the header spells it, such as BF16."""
+        return self._tensors[name].dtype
+
     def read(self, name: str) -> NDArray[Any]:
         """A read-only view of the file.
 
         Raises:
-            CheckpointError: the type of the tensor is not F32, F16 or BF16.
+            CheckpointError: the type of the tensor is not F32, F16, BF16 or F8_E4M3.
         """
         tensor = self._tensors[name]
         dtype = _READABLE.get(tensor.dtype)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
+
+from engine_runtime.weights.fp8_tensor import Fp8Tensor
 
 
 class TensorSource(Protocol):
@@ -16,6 +18,7 @@ class TensorSource(Protocol):
         shapes: of every tensor, by its canonical name (that of the Hugging Face checkpoint).
         num_bytes: of all tensors as stored.
         fingerprint: hexadecimal; other weights have another one. Cheap: contents are not read.
+        fp8_names: of the tensors that are stored in E4M3.
     """
 
     @property
@@ -26,6 +29,13 @@ class TensorSource(Protocol):
 
     @property
     def fingerprint(self) -> str: ...
+
+    @property
+    def fp8_names(self) -> Collection[str]: ...
+
+    def read_fp8(self, name: str) -> Fp8Tensor:
+        """A tensor among ``fp8_names`` as it is stored."""
+        ...
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as float32, float16 or bfloat16 (ml_dtypes), read-only where it is a view."""

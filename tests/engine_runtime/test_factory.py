@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -8,6 +9,7 @@ from engine_runtime.executors.onnxruntime import factory
 from engine_runtime.executors.onnxruntime.factory import plan_cpu_memory
 from engine_runtime.factory import (
     CheckpointError,
+    DeviceError,
     MemoryPlanError,
     RuntimeConfig,
     create_executor,
@@ -97,3 +99,17 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path: Path) 
 def test_no_model_is_a_checkpoint_error(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError):
         create_executor(RuntimeConfig(tmp_path / "nothing"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"quantization": "fp8"}, "--quantization fp8 is for GPUs; on a CPU, --dtype float32"),
+        ({"quantization": "none"}, "--quantization none is for GPUs"),
+        ({"kv_cache_dtype": "fp8"}, "--kv-cache-dtype fp8 needs a GPU"),
+    ],
+)
+def test_a_cpu_refuses_what_only_a_gpu_does(arguments: dict[str, Any], message: str, tmp_path: Path) -> None:
+    path = write_tiny_checkpoint("llama", tmp_path)
+    with pytest.raises(DeviceError, match=message):
+        create_executor(RuntimeConfig(path, device="cpu", **arguments))

@@ -56,11 +56,20 @@ def create_cpu_executor(
 
     Raises:
         CheckpointError: the model cannot be used.
-        DeviceError: the dtype is none of a CPU's.
+        DeviceError: a dtype or a quantization that is none of a CPU's.
         MemoryPlanError: it does not fit; nothing was loaded.
     """
     if config.dtype not in ("auto", "float32", "int8"):
         raise DeviceError(f"--dtype {config.dtype} needs a GPU; a CPU takes float32 or int8")
+    if config.quantization != "auto":
+        raise DeviceError(
+            f"--quantization {config.quantization} is for GPUs; on a CPU, --dtype float32 keeps the weights "
+            "as they are and --dtype int8 quantizes them"
+        )
+    if config.kv_cache_dtype != "auto":
+        raise DeviceError(
+            f"--kv-cache-dtype {config.kv_cache_dtype} needs a GPU; leave it out, or take --device cuda"
+        )
     model = checkpoint.config
     graph = _decoder_graph(config, checkpoint)
     plan = _plan(config, checkpoint, graph)

@@ -15,6 +15,8 @@ from engine_runtime.executors.tensorrt.buckets import decode_buckets, largest_st
 from engine_runtime.executors.tensorrt.decoder import DeviceDecoder, KvCache, buffer_sizes
 from engine_runtime.executors.tensorrt.engine_cache import EngineCache
 from engine_runtime.executors.tensorrt.executor import MAX_IN_FLIGHT, TensorRTExecutor
+from engine_runtime.executors.tensorrt.kernel_forms import Quantization
+from engine_runtime.executors.tensorrt.kernel_segment import UnsupportedSegmentError
 from engine_runtime.executors.tensorrt.library import TensorRTError
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory
 from engine_runtime.executors.tensorrt.weights import DeviceWeights, WeightPlan
@@ -135,16 +137,21 @@ def _create(
     max_rows = max(max_seqs, _LEAST_ROWS)
     capacity = largest_step(max_tokens, max_rows)
     library = KernelLibrary(device)
-    segments = SegmentFactory(model, device, EngineCache(), library)
+    segments, workspace = _make_segments(config, device, model, checkpoint, library, max_tokens, max_rows)
+    quantization = segments.quantization
     shape = AttentionShape(
         num_heads=model.num_attention_heads,
         num_kv_heads=model.num_key_value_heads,
         head_dim=model.head_dim,
         dtype=_DTYPE,
-        kv_dtype="same",
+        kv_dtype="fp8" if config.kv_cache_dtype == "fp8" else "same",
         scale=model.attention_scale,
         softcap=model.attention_logit_softcap,
     )
+    if shape.kv_dtype == "fp8" and device.properties.compute_capability < (8, 9):
+        raise UnsupportedDeviceError(
+            "--kv-cache-dtype fp8 needs compute capability 8.9 or later; --kv-cache-dtype auto does without"
+        )
     try:
         attention = PagedAttention(
             library,
@@ -155,8 +162,7 @@ def _create(
         )
     except ValueError as error:
         raise UnsupportedDeviceError(f"{error} (--device cpu does without)") from error
-    weight_plan = WeightPlan(model)
-    workspace = _workspace_bytes(segments, model.num_hidden_layers, max_tokens, max_rows)
+    weight_plan = WeightPlan(model, quantization=quantization)
     free, total = device.memory()
     available = min(free, int(total * config.gpu_memory_utilization) - (total - free))
     activations = (
@@ -174,7 +180,7 @@ def _create(
             f"({(total - free) / 2**30:.1f} of {total / 2**30:.1f} are in use, --gpu-memory-utilization "
             f"{config.gpu_memory_utilization}); the weights take {weight_plan.num_bytes / 2**30:.1f} GiB and "
             f"the buffers of a step {activations / 2**30:.1f}. Lower --max-num-batched-tokens or "
-            "--max-num-seqs, or take a smaller model or --device cpu."
+            "--max-num-seqs, or take a smaller model, --quantization fp8 or --device cpu."
         )
     plan = make_plan(
         weight_bytes=weight_plan.num_bytes,
@@ -194,9 +200,9 @@ def _create(
     weights = DeviceWeights(weight_plan)
     undo.callback(weights.free)
     if checkpoint is None:
-        weights.fill_randomly()
+        weights.fill_randomly(library=library)
     else:
-        weights.load(checkpoint, stream, lambda done, size: report("weights", done, size))
+        weights.load(checkpoint, stream, lambda done, size: report("weights", done, size), library)
     sampler = GpuSampler(library, model.vocab_size, max_rows, 2 * max_seqs)
     undo.callback(sampler.close)
     inputs = StepInputs(
@@ -238,21 +244,58 @@ def _create(
         tiles=attention.prefill_tiles,
     )
     fingerprint = "random" if checkpoint is None else checkpoint.fingerprint
+    kinds = ["bfloat16"]
+    if quantization == "fp8":
+        kinds.append("fp8 weights")
+    if shape.kv_dtype == "fp8":
+        kinds.append("fp8 KV cache")
     spec = ExecutorSpec(
-        model_id=f"{fingerprint}-bfloat16",
+        model_id="-".join([fingerprint, *kinds]),
         vocab_size=model.vocab_size,
         block_size=plan.block_size,
         num_blocks=plan.num_blocks,
         max_model_len=plan.max_model_len,
         max_num_seqs=max_seqs,
         max_num_batched_tokens=max_tokens,
-        device=f"{device.properties.name} (bfloat16)",
+        device=f"{device.properties.name} ({', '.join(kinds)})",
     )
     executor = TensorRTExecutor(spec, device, stream, decoder, batch, inputs, sampler)
     report("first step", 0, 1)
     _warm_up(executor)
     report("first step", 1, 1)
     return executor, plan
+
+
+def _make_segments(
+    config: RuntimeConfig,
+    device: CudaDevice,
+    model: ModelConfig,
+    checkpoint: Checkpoint | None,
+    library: KernelLibrary,
+    max_tokens: int,
+    max_rows: int,
+) -> tuple[SegmentFactory, int]:
+    """What makes the segments, with the weights in the form that was asked for, and their workspace in bytes.
+
+    Raises:
+        UnsupportedDeviceError: FP8 was asked for, and no kernels compute it here.
+    """
+
+    def make(quantization: Quantization) -> tuple[SegmentFactory, int]:
+        made = SegmentFactory(model, device, EngineCache(), library, quantization=quantization)
+        return made, _workspace_bytes(made, model.num_hidden_layers, max_tokens, max_rows)
+
+    holds_fp8 = checkpoint is not None and checkpoint.holds_fp8
+    if config.quantization == "fp8" or (config.quantization == "auto" and holds_fp8):
+        try:
+            return make("fp8")
+        except UnsupportedSegmentError as error:
+            if config.quantization == "fp8":
+                raise UnsupportedDeviceError(
+                    f"--quantization fp8: {error} in FP8 on this GPU; --quantization none does without"
+                ) from error
+            _logger.warning("the checkpoint's FP8 weights become bfloat16: %s in FP8 on this GPU", error)
+    return make("none")
 
 
 def _workspace_bytes(segments: SegmentFactory, num_layers: int, max_tokens: int, max_rows: int) -> int:

@@ -65,6 +65,9 @@ class SegmentFactory:
     """Makes segments for one model on one GPU.
 
     Called by the thread that opened the device, except ``prepare``.
+
+    Attributes:
+        quantization: of the weights.
     """
 
     def __init__(
@@ -88,7 +91,7 @@ class SegmentFactory:
         self._device = device
         self._cache = cache
         self._dtype: DType = dtype
-        self._quantization: Quantization = quantization
+        self.quantization: Quantization = quantization
         self._only = only
         self._builder: TrtBuilder | None = None
         self._builder_lock = threading.Lock()
@@ -113,7 +116,7 @@ class SegmentFactory:
             try:
                 return self._kernel_segment(kind, num_tokens, tactic.kernels)
             except UnsupportedSegmentError as error:
-                if self._quantization != "none":
+                if self.quantization != "none":
                     raise
                 _logger.info("TensorRT computes %s segments of %d tokens: %s", kind, num_tokens, error)
         return self._trt_segment(kind, num_tokens)
@@ -165,10 +168,10 @@ class SegmentFactory:
             kernels = self._tune_kernels(kind, num_tokens, layers, workspace, stream)
             segments["kernels"] = self._kernel_segment(kind, num_tokens, kernels)
         except UnsupportedSegmentError:
-            if self._quantization != "none":
+            if self.quantization != "none":
                 raise
             with_tensorrt = True
-        if with_tensorrt and self._quantization == "none":
+        if with_tensorrt and self.quantization == "none":
             segments["tensorrt"] = self._trt_segment(kind, num_tokens)
         microseconds = _time_in_turns(segments, layers, workspace, stream)
         fastest = min(microseconds, key=lambda name: microseconds[name])
@@ -177,7 +180,7 @@ class SegmentFactory:
         return Tactic(fastest, kernels, microseconds)
 
     def _guess(self, kind: SegmentKind, num_tokens: int) -> Tactic:
-        if self._quantization == "none":
+        if self.quantization == "none":
             try:
                 self._kernel_segment(kind, num_tokens, {})
             except UnsupportedSegmentError:
@@ -191,7 +194,7 @@ class SegmentFactory:
             raise UnsupportedSegmentError("there are no kernels for this GPU, model or type")
         num_multiprocessors = self._device.properties.num_multiprocessors
         return KernelSegment(
-            self._config, kind, num_tokens, self._library, num_multiprocessors, choice, self._quantization
+            self._config, kind, num_tokens, self._library, num_multiprocessors, choice, self.quantization
         )
 
     def _trt_segment(self, kind: SegmentKind, num_tokens: int) -> TrtSegment:
@@ -224,7 +227,7 @@ class SegmentFactory:
         chosen: dict[Projection, str] = {}
         for projection in projections(self._config, kind):
             times = {}
-            for form in candidates(known, self._config, kind, projection, num_tokens, self._quantization):
+            for form in candidates(known, self._config, kind, projection, num_tokens, self.quantization):
                 segment = self._kernel_segment(kind, num_tokens, {**chosen, projection: form.name})
                 if segment.workspace_bytes > workspace[1]:
                     continue
@@ -246,7 +249,7 @@ class SegmentFactory:
         key = segment_key(
             self._segment(kind, num_tokens),
             f"{self._target} {self._device.properties.name}",
-            quantization=self._quantization,
+            quantization=self.quantization,
             library=f"{version}, kernels {self._library_id}",
         )
         return replace(key, content="tactics")

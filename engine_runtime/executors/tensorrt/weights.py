@@ -2,11 +2,12 @@
 
 One allocation, whose size is known before anything is read. Merged projections (qkv, gate_up) are written
 side by side in place, so nothing is concatenated on the host. With fp8, projections are rounded on the
-device: each row of W is E4M3 times a float32 factor.
+device, or copied if the checkpoint holds them so: each row of W is E4M3 times a float32 factor.
 """
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 import os
@@ -28,6 +29,7 @@ from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import DType, WeightInput
 from engine_runtime.weights.checkpoint import Checkpoint
 from engine_runtime.weights.expected_tensors import EMBEDDING, LM_HEAD, is_norm
+from engine_runtime.weights.fp8_tensor import Fp8Tensor
 from engine_runtime.weights.mapped_pages import populate, release
 
 Array = npt.NDArray[Any]
@@ -154,6 +156,10 @@ class WeightTarget(Protocol):
         """
         ...
 
+    def write_fp8(self, tensor: StoredTensor, stored: Fp8Tensor) -> None:
+        """Stores a matrix and its factors as they are, for a ``tensor`` with a ``scale_offset``."""
+        ...
+
 
 def load_weights(
     plan: WeightPlan, checkpoint: Checkpoint, target: WeightTarget, progress: Progress | None = None
@@ -169,30 +175,40 @@ def load_weights(
     done = 0
     total = sum(tensor.num_bytes for tensor in plan.tensors)
     with ThreadPoolExecutor(_READ_AHEAD, "read-weights") as pool:
-        for tensor, values in zip(plan.tensors, _read_ahead(pool, plan, checkpoint), strict=True):
+        for tensor, read in zip(plan.tensors, _read_ahead(pool, plan, checkpoint), strict=True):
+            values = read.values if isinstance(read, Fp8Tensor) else read
             if values.shape != tensor.shape:
                 raise ValueError(f"{tensor.name} has shape {values.shape}, planned was {tensor.shape}")
-            target.write(tensor, values)
+            if isinstance(read, Fp8Tensor):
+                target.write_fp8(tensor, read)
+            else:
+                target.write(tensor, read)
             release(values)
             done += tensor.num_bytes
             if progress is not None:
                 progress(done, total)
 
 
-def _read(checkpoint: Checkpoint, name: str) -> Array:
-    values = checkpoint.read(name)
+def _read(checkpoint: Checkpoint, tensor: StoredTensor) -> Array | Fp8Tensor:
+    if tensor.scale_offset is not None and checkpoint.is_fp8(tensor.name):
+        stored = checkpoint.read_fp8(tensor.name)
+        populate(stored.values)
+        return stored
+    values = checkpoint.read(tensor.name)
     populate(values)
     return values
 
 
-def _read_ahead(pool: ThreadPoolExecutor, plan: WeightPlan, checkpoint: Checkpoint) -> Iterator[Array]:
-    names = iter([tensor.name for tensor in plan.tensors])
-    waiting: list[Future[Array]] = [
-        pool.submit(_read, checkpoint, name) for name in itertools.islice(names, _READ_AHEAD)
+def _read_ahead(
+    pool: ThreadPoolExecutor, plan: WeightPlan, checkpoint: Checkpoint
+) -> Iterator[Array | Fp8Tensor]:
+    tensors = iter(plan.tensors)
+    waiting: list[Future[Array | Fp8Tensor]] = [
+        pool.submit(_read, checkpoint, tensor) for tensor in itertools.islice(tensors, _READ_AHEAD)
     ]
     while waiting:
         values = waiting.pop(0).result()
-        waiting += [pool.submit(_read, checkpoint, name) for name in itertools.islice(names, 1)]
+        waiting += [pool.submit(_read, checkpoint, tensor) for tensor in itertools.islice(tensors, 1)]
         yield values
 
 
@@ -229,25 +245,45 @@ class PinnedUpload:
 
     def write(self, tensor: StoredTensor, values: Array) -> None:
         dtype = _NUMPY_TYPES[tensor.dtype]
-        columns = math.prod(tensor.shape[1:])
-        rows = values.reshape(tensor.shape[0], columns)
+        if tensor.scale_offset is None:
+            self._copy(values.reshape(-1), dtype, self._address + tensor.offset)
+            return
+        columns = tensor.shape[1]
         step = self._buffers[0].array.nbytes // (columns * dtype.itemsize)
-        for start in range(0, len(rows), step):
-            piece = rows[start : start + step].reshape(-1)
-            num_bytes = len(piece) * dtype.itemsize
-            buffer, copied = self._buffers[self._turn], self._copied[self._turn]
-            copied.synchronize()
-            convert(piece, buffer.array[:num_bytes].view(dtype), self._pool)
-            if tensor.scale_offset is None:
-                destination = self._address + tensor.offset + start * columns * dtype.itemsize
-                self._stream.copy_to_device(destination, buffer.address, num_bytes)
-            else:
-                source = self._unquantized[self._turn].address
-                self._stream.copy_to_device(source, buffer.address, num_bytes)
-                num_rows = len(piece) // columns
-                _quantize(self._quantize, source, self._address, tensor, start, num_rows, self._stream)
-            copied.record(self._stream)
-            self._turn = 1 - self._turn
+        for start in range(0, len(values), step):
+            piece = values[start : start + step]
+            source = self._unquantized[self._turn].address
+            with self._next_buffer() as buffer:
+                self._put(piece.reshape(-1), dtype, buffer, source)
+                _quantize(self._quantize, source, self._address, tensor, start, len(piece), self._stream)
+
+    def write_fp8(self, tensor: StoredTensor, stored: Fp8Tensor) -> None:
+        if tensor.scale_offset is None:
+            raise ValueError(f"{tensor.name} is not to be quantized")
+        self._copy(stored.values.reshape(-1), stored.values.dtype, self._address + tensor.offset)
+        self._copy(stored.scales, stored.scales.dtype, self._address + tensor.scale_offset)
+
+    def _copy(self, values: Array, dtype: np.dtype[Any], destination: int) -> None:
+        """A flat array of any size, rounded to ``dtype``."""
+        step = self._buffers[0].array.nbytes // dtype.itemsize
+        for start in range(0, len(values), step):
+            with self._next_buffer() as buffer:
+                piece = values[start : start + step]
+                self._put(piece, dtype, buffer, destination + start * dtype.itemsize)
+
+    def _put(self, piece: Array, dtype: np.dtype[Any], buffer: PinnedBuffer, destination: int) -> None:
+        num_bytes = len(piece) * dtype.itemsize
+        convert(piece, buffer.array[:num_bytes].view(dtype), self._pool)
+        self._stream.copy_to_device(destination, buffer.address, num_bytes)
+
+    @contextlib.contextmanager
+    def _next_buffer(self) -> Iterator[PinnedBuffer]:
+        """The buffer that has waited longer; what is enqueued inside has done with it when its turn comes."""
+        turn = self._turn
+        self._copied[turn].synchronize()
+        yield self._buffers[turn]
+        self._copied[turn].record(self._stream)
+        self._turn = 1 - turn
 
     def close(self) -> None:
         """Waits for all copies and gives the memory back."""

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 
@@ -16,6 +16,7 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip
 from engine_runtime.cuda import CudaDevice
 from engine_runtime.executors.memory_plan import MemoryPlanError
 from engine_runtime.executors.tensorrt import factory
+from engine_runtime.executors.tensorrt.kernel_segment import UnsupportedSegmentError
 from engine_runtime.factory import create_executor
 from engine_runtime.kernels.kernel_library import KernelsMissingError
 from engine_runtime.runtime_config import DeviceError, RuntimeConfig
@@ -78,6 +79,72 @@ def test_a_gpu_that_was_asked_for_and_has_no_kernels_is_refused(
     with pytest.raises(DeviceError, match=r"compute capability 7\.5.*--device cpu"):
         create_executor(RuntimeConfig(path, device="cuda"))
     assert old_gpu.num_closed == 1
+
+
+@pytest.mark.parametrize("arguments", [{"quantization": "fp8"}, {"kv_cache_dtype": "fp8"}])
+def test_auto_does_not_take_the_cpu_for_what_only_a_gpu_does(
+    old_gpu: ClosedDevice, arguments: dict[str, Any], tmp_path: Path
+) -> None:
+    path = write_tiny_checkpoint("llama", tmp_path)
+    with pytest.raises(DeviceError, match=r"compute capability 7\.5"):
+        create_executor(RuntimeConfig(path, **arguments))
+    assert old_gpu.num_closed == 1
+
+
+class FakeSegments:
+    """Makes what a set of (quantization, kind) says, else refuses."""
+
+    supported: ClassVar[set[tuple[str, str]]] = set()
+
+    def __init__(
+        self, model: Any, device: Any, cache: Any, library: Any, *, quantization: str = "none"
+    ) -> None:
+        self.quantization = quantization
+
+    def make(self, kind: str, num_tokens: int) -> Any:
+        if (self.quantization, kind) not in self.supported:
+            raise UnsupportedSegmentError(f"no kernel computes qkv for {num_tokens} tokens")
+        return SimpleNamespace(workspace_bytes=num_tokens)
+
+
+_ALL = {(form, kind) for form in ("none", "fp8") for kind in ("middle", "last")}
+
+
+@pytest.mark.parametrize(
+    ("asked", "holds_fp8", "supported", "expected"),
+    [
+        ("auto", False, _ALL, "none"),
+        ("auto", True, _ALL, "fp8"),
+        ("auto", True, _ALL - {("fp8", "last")}, "none"),
+        ("none", True, _ALL, "none"),
+        ("fp8", False, _ALL, "fp8"),
+    ],
+)
+def test_weights_are_quantized_if_asked_for_or_if_the_checkpoint_is(
+    asked: str,
+    holds_fp8: bool,
+    supported: set[tuple[str, str]],
+    expected: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(factory, "SegmentFactory", FakeSegments)
+    monkeypatch.setattr(FakeSegments, "supported", supported)
+    config: Any = SimpleNamespace(quantization=asked)
+    nothing: Any = None
+    checkpoint: Any = SimpleNamespace(holds_fp8=holds_fp8)
+    model = tiny_config("llama")
+    made, workspace = factory._make_segments(config, nothing, model, checkpoint, nothing, 64, 8)
+    assert made.quantization == expected
+    assert workspace == 64
+
+
+def test_fp8_that_no_kernel_computes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(factory, "SegmentFactory", FakeSegments)
+    nothing: Any = None
+    with pytest.raises(DeviceError, match="--quantization none does without"):
+        factory._make_segments(
+            RuntimeConfig(Path(), quantization="fp8"), nothing, tiny_config("llama"), None, nothing, 64, 8
+        )
 
 
 @pytest.mark.parametrize(

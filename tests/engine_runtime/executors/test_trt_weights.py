@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import SegmentKind
 from engine_runtime.weights.checkpoint import Checkpoint
 from engine_runtime.weights.expected_tensors import expected_tensors
+from engine_runtime.weights.fp8_tensor import Fp8Tensor
 from tests.engine_runtime.tiny_configs import tiny_config
 
 Array = npt.NDArray[Any]
@@ -43,6 +45,14 @@ class ArraySource:
         self.shapes = {name: tensor.shape for name, tensor in self.tensors.items()}
         self.num_bytes = 1
         self.fingerprint = "00"
+        self.fp8: dict[str, Fp8Tensor] = {}
+
+    @property
+    def fp8_names(self) -> Collection[str]:
+        return self.fp8.keys()
+
+    def read_fp8(self, name: str) -> Fp8Tensor:
+        return self.fp8[name]
 
     def read(self, name: str) -> Array:
         return self.tensors[name]
@@ -70,6 +80,11 @@ class ArrayTarget:
         scales = np.abs(values).max(axis=1) / np.float32(448)
         self._store(tensor.offset, (values / scales[:, None]).astype(ml_dtypes.float8_e4m3fn))
         self._store(tensor.scale_offset, scales.astype(np.float32))
+
+    def write_fp8(self, tensor: StoredTensor, stored: Fp8Tensor) -> None:
+        assert tensor.scale_offset is not None
+        self._store(tensor.offset, stored.values)
+        self._store(tensor.scale_offset, stored.scales)
 
     def _store(self, offset: int, values: Array) -> None:
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
@@ -125,6 +140,32 @@ def test_quantized_projections_have_a_factor_for_each_row(architecture: str) -> 
         assert np.linalg.norm(found - expected) < 0.04 * np.linalg.norm(expected)
     assert "lm_head.weight_scale" not in plan.offsets(1)
     assert plan.num_bytes < WeightPlan(source.config).num_bytes
+
+
+def test_what_the_checkpoint_holds_in_fp8_arrives_as_it_is() -> None:
+    """Rounding it again, with the row's largest number as 448, would change most numbers."""
+    source = ArraySource("llama", np.float32)
+    rng = np.random.default_rng(5)
+    name = "model.layers.1.self_attn.k_proj.weight"
+    shape = source.shapes[name]
+    values = rng.integers(0, 0x70, shape, np.uint8).view(ml_dtypes.float8_e4m3fn)
+    source.fp8[name] = Fp8Tensor(values, rng.random((shape[0],)).astype(np.float32))
+    plan = WeightPlan(source.config, quantization="fp8")
+    target = ArrayTarget(plan.num_bytes)
+    load_weights(plan, source.checkpoint(), target)
+    assert target.written.max() == 1
+    offsets = plan.offsets(0)
+    first = source.config.q_size
+    start = offsets["next_layer.self_attn.qkv_proj.weight"] + first * shape[1]
+    found = target.memory[start : start + values.size].reshape(shape)
+    np.testing.assert_array_equal(found, values.view(np.uint8))
+    start = offsets["next_layer.self_attn.qkv_proj.weight_scale"] + 4 * first
+    found = target.memory[start : start + 4 * shape[0]].view(np.float32)
+    np.testing.assert_array_equal(found, source.fp8[name].scales)
+    plain = WeightPlan(source.config)
+    target = ArrayTarget(plain.num_bytes)
+    load_weights(plain, source.checkpoint(), target)  # 16 bits were asked for: what ``read`` gives
+    assert target.written.max() == 1
 
 
 def test_tied_embeddings_are_stored_once() -> None:

@@ -204,7 +204,10 @@ def test_generation_config_adds_its_end_tokens() -> None:
         ({"model_type": None}, "no field 'model_type'"),
         ({"model_type": 3}, "model_type is 3; expected a string"),
         ({"auto_map": {"AutoModelForCausalLM": "modeling.Model"}}, "own Python code"),
-        ({"quantization_config": {"quant_method": "gptq"}}, "quantized with gptq"),
+        (
+            {"quantization_config": {"quant_method": "gptq"}},
+            "quantized with gptq, which is not supported; supported are FP8 weights",
+        ),
         ({"hidden_size": None}, "no field 'hidden_size'"),
         ({"hidden_size": "4096"}, "hidden_size is '4096'; expected an integer"),
         ({"hidden_size": True}, "hidden_size is True; expected an integer"),
