@@ -24,7 +24,7 @@ def test_little_of_a_step_is_padding() -> None:
     for number in range(97, 65537, 7):
         padding = bucket_for(buckets, number) - number
         assert padding <= number * (1 / 2 if number <= 512 else 1 / 4)
-    assert len(buckets) < 60
+    assert len(buckets) < 64
 
 
 def test_a_step_gets_the_smallest_bucket_that_holds_it() -> None:
