@@ -13,7 +13,7 @@ from server.engine_protocol import EngineClient
 from server.errors import ApiError, MethodNotAllowedError, UnknownUrlError, excerpt
 from server.guard import Guard, api_error
 from server.metrics import Metrics
-from server.routes import chat, completions, health, models, tgi, tokens
+from server.routes import anthropic, chat, completions, health, models, tgi, tokens
 from server.service import Service
 from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
@@ -28,7 +28,7 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
     # No documentation pages: they load scripts from elsewhere.
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.state.service = Service(config, engine, tokenization, metrics, validator)
-    for routes in (chat, completions, models, health, tokens, tgi):
+    for routes in (chat, completions, anthropic, models, health, tokens, tgi):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)

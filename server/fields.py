@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from server.anthropic_protocol import CountTokensRequest, MessagesRequest, TextBlock
 from server.errors import UnsupportedParameterError
 from server.protocol import (
     ChatCompletionRequest,
@@ -48,6 +49,12 @@ _UNSUPPORTED_ANYWHERE: Mapping[str, tuple[Any, ...]] = {
     "logits_processors": ([],),
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
+}
+_UNSUPPORTED_BY_MESSAGES: Mapping[str, tuple[Any, ...]] = {
+    "container": (),
+    "context_management": (),
+    "mcp_servers": ([],),
+    "output_format": (),
 }
 _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
     ChatCompletionRequest: {
@@ -103,6 +110,13 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "refusal": (),
         "reasoning_content": ("",),
     },
+    MessagesRequest: {
+        **_UNSUPPORTED_BY_MESSAGES,
+        "service_tier": ("auto", "standard_only"),
+        "inference_geo": (),
+    },
+    CountTokensRequest: _UNSUPPORTED_BY_MESSAGES,
+    TextBlock: {"citations": ([],)},
 }
 # Known, and ignored on purpose: they change nothing about the answer.
 _IGNORED = frozenset(
@@ -115,6 +129,8 @@ _IGNORED = frozenset(
         "parallel_tool_calls",
         "request_id",
         "include_obfuscation",
+        "cache_control",
+        "effort",
     }
 )
 

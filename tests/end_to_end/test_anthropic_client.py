@@ -1,0 +1,65 @@
+"""Anthropic's client against a real server process with the real default model."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+
+import anthropic
+import pytest
+from anthropic import Anthropic, AsyncAnthropic
+
+from tests.end_to_end.server_process import ServerProcess
+
+MODEL = "smollm2-135m-instruct"
+# The client has no parameters for sampling any more.
+GREEDY = {"temperature": 0}
+QUESTION = [{"role": "user", "content": "Name the capital of France."}]
+
+
+@pytest.fixture(scope="module")
+def client(server: ServerProcess) -> Iterator[Anthropic]:
+    with Anthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+        yield client
+
+
+def test_messages(client: Anthropic) -> None:
+    whole = client.messages.create(model=MODEL, max_tokens=30, extra_body=GREEDY, messages=QUESTION)
+    [block] = whole.content
+    assert "Paris" in block.text
+    assert whole.stop_reason == "end_turn"
+    counted = client.messages.count_tokens(model=MODEL, messages=QUESTION).input_tokens
+    assert whole.usage.input_tokens + (whole.usage.cache_read_input_tokens or 0) == counted
+    with client.messages.stream(model=MODEL, max_tokens=30, extra_body=GREEDY, messages=QUESTION) as stream:
+        text = "".join(stream.text_stream)
+        message = stream.get_final_message()
+    assert text == message.content[0].text == block.text
+    assert message.stop_reason == "end_turn"
+    assert message.usage.output_tokens == whole.usage.output_tokens
+
+
+def test_a_stop_sequence_and_an_error(client: Anthropic) -> None:
+    cut = client.messages.create(
+        model=MODEL, max_tokens=30, extra_body=GREEDY, messages=QUESTION, stop_sequences=["Paris"]
+    )
+    assert (cut.stop_reason, cut.stop_sequence) == ("stop_sequence", "Paris")
+    assert "Par" not in cut.content[0].text
+    with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
+        client.messages.create(model=MODEL, max_tokens=10_000, messages=QUESTION)
+
+
+async def test_async_streams_run_together(server: ServerProcess) -> None:
+    async with AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0) as client:
+
+        async def ask(number: int) -> str:
+            async with client.messages.stream(
+                model=MODEL,
+                max_tokens=16,
+                extra_body=GREEDY,
+                system="You count.",
+                messages=[{"role": "user", "content": f"Count to {number}."}],
+            ) as stream:
+                return "".join([piece async for piece in stream.text_stream])
+
+        together = await asyncio.gather(*(ask(number) for number in range(3, 9)))
+        assert together[2] == await ask(5)
