@@ -1,0 +1,104 @@
+"""The formats of tool calls and of reasoning that are known, as data."""
+
+from __future__ import annotations
+
+import random
+import string
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from server.parsing.call_syntax import CallSyntax, DeepSeekCalls, JsonCalls, MistralCalls
+from server.parsing.python_calls import PythonCalls
+
+
+def _call_id() -> str:
+    return f"call_{uuid.uuid4().hex[:24]}"
+
+
+def _short_call_id() -> str:
+    """Mistral's templates take ids of nine letters and digits only."""
+    return "".join(random.choices(string.ascii_letters + string.digits, k=9))
+
+
+@dataclass(frozen=True)
+class ToolFormat:
+    """How a model writes calls.
+
+    Attributes:
+        begins: markers that announce calls, anywhere in the content.
+        ends: markers that end calls.
+        others: further markers, which mean nothing by themselves.
+        is_bare: an answer may also begin with a call that nothing announces. Such a call counts only if it
+            calls one of the request's functions.
+        syntax: what stands between ``begins`` and ``ends``.
+    """
+
+    name: str
+    syntax: CallSyntax
+    begins: tuple[str, ...] = ()
+    ends: tuple[str, ...] = ()
+    others: tuple[str, ...] = ()
+    is_bare: bool = False
+    new_call_id: Callable[[], str] = _call_id
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return (*self.begins, *self.ends, *self.others)
+
+
+@dataclass(frozen=True)
+class ReasoningFormat:
+    """How a model sets its thoughts off from its answer: between two markers."""
+
+    name: str
+    begin: str
+    end: str
+
+    @property
+    def markers(self) -> tuple[str, ...]:
+        return (self.begin, self.end)
+
+
+_DEEPSEEK_END = "<｜tool▁call▁end｜>"
+_DEEPSEEK_ALL_END = "<｜tool▁calls▁end｜>"
+_DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
+
+HERMES = ToolFormat("hermes", JsonCalls(("</tool_call>",)), ("<tool_call>",), ("</tool_call>",))
+LLAMA3_JSON = ToolFormat("llama3_json", JsonCalls(), ("<|python_tag|>",), is_bare=True)
+MISTRAL = ToolFormat(
+    "mistral",
+    MistralCalls(),
+    ("[TOOL_CALLS]",),
+    others=("[ARGS]", "[CALL_ID]"),
+    new_call_id=_short_call_id,
+)
+PYTHONIC = ToolFormat(
+    "pythonic",
+    PythonCalls(),
+    ("<|python_start|>", "<|tool_call_start|>"),
+    ("<|python_end|>", "<|tool_call_end|>"),
+    is_bare=True,
+)
+DEEPSEEK = ToolFormat(
+    "deepseek",
+    DeepSeekCalls(_DEEPSEEK_SEPARATOR, (_DEEPSEEK_END, _DEEPSEEK_ALL_END)),
+    ("<｜tool▁call▁begin｜>",),
+    (_DEEPSEEK_END,),
+    (_DEEPSEEK_SEPARATOR, "<｜tool▁calls▁begin｜>", _DEEPSEEK_ALL_END),
+)
+JSON = ToolFormat("json", JsonCalls(), is_bare=True)
+# What lies between the markers is read by a parser of its own.
+HARMONY = ToolFormat(
+    "harmony",
+    JsonCalls(),
+    others=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"),
+)
+
+THINK = ReasoningFormat("think", "<think>", "</think>")
+MISTRAL_THINK = ReasoningFormat("mistral", "[THINK]", "[/THINK]")
+SEED_THINK = ReasoningFormat("seed", "<seed:think>", "</seed:think>")
+HARMONY_REASONING = ReasoningFormat("harmony", "<|channel|>analysis<|message|>", "<|end|>")
+
+TOOL_FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, PYTHONIC, DEEPSEEK, JSON, HARMONY)}
+REASONING_FORMATS = {each.name: each for each in (THINK, MISTRAL_THINK, SEED_THINK, HARMONY_REASONING)}
