@@ -1,34 +1,38 @@
 """How much worse a model predicts text in int8 than in float32: ``python -m tests.benchmarks.perplexity
 [MODEL]``.
 
-The text is ours: plain English prose, dialogue, questions and a little Python, about 3,700 tokens, in windows
-of 512. Each candidate for the matrix products of the CPU executor runs through the same graph and the same
-attention.
+Each candidate for the matrix products of the CPU executor runs through the same graph and the same attention.
+``gpu_perplexity`` does the same for a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import numpy.typing as npt
+import onnx
 from onnx import helper, numpy_helper
 
 from engine_runtime.executors.onnxruntime.cpu_limits import usable_cores
-from engine_runtime.executors.onnxruntime.decoder_graph import DecoderGraph, build_decoder, transpose_weights
+from engine_runtime.executors.onnxruntime.decoder_graph import (
+    LOGITS,
+    DecoderGraph,
+    build_decoder,
+    transpose_weights,
+)
 from engine_runtime.executors.onnxruntime.decoder_session import DecoderSession
 from engine_runtime.executors.onnxruntime.embedding import EmbeddingTable
 from engine_runtime.executors.onnxruntime.quantization import fuse_quantized, quantize_matmuls
 from engine_runtime.kernels.cpu import StepLayout, allocate_kv_cache
 from engine_runtime.weights.checkpoint import Checkpoint, open_checkpoint
 from server.model_source import fetch_default_model
-from server.tokenizer import load_tokenizer
+from tests.benchmarks.perplexity_text import WINDOW, text_windows
 
-_TEXT = Path(__file__).with_name("perplexity_text.txt")
-_WINDOW = 512
 _ROWS = 128
 
 
@@ -84,9 +88,63 @@ def _blocks(
     return packed, scales[..., 0].reshape(len(weight), -1)
 
 
+def _e4m3(*, with_logits: bool) -> Callable[[DecoderGraph, Checkpoint], None]:
+    """8-bit floats with a factor for each row of W and for each token, computed exactly otherwise."""
+
+    def lower(graph: DecoderGraph, checkpoint: Checkpoint) -> None:
+        nodes: list[onnx.NodeProto] = []
+        values = {
+            "e4m3.largest": np.array(448, np.float32),
+            "e4m3.least": np.array(1e-12, np.float32),
+            "e4m3.axes": np.array([-1], np.int64),
+        }
+        for name, value in values.items():
+            graph.constants[name] = numpy_helper.from_array(value, name)
+        for node in graph.nodes:
+            if node.op_type == "MatMul" and (with_logits or node.output[0] != LOGITS):
+                x, name = node.input[0], node.input[1]
+                stored = graph.weights.pop(name)
+                weight = checkpoint.read_weight(
+                    stored.weight, layer=stored.layer, next_layer=stored.next_layer
+                )
+                weight = np.ascontiguousarray(_rounded_rows(np.asarray(weight, np.float32)).T)
+                graph.constants[name] = numpy_helper.from_array(weight, name)
+                nodes += _rounding_nodes(x, node.name)
+                node.input[0] = f"{node.name}/rounded"
+            nodes.append(node)
+        graph.nodes = nodes
+
+    return lower
+
+
+def _rounded_rows(weight: npt.NDArray[np.float32]) -> npt.NDArray[np.float32]:
+    scales = np.maximum(np.abs(weight).max(axis=1, keepdims=True) / np.float32(448), np.float32(1e-12))
+    rounded: npt.NDArray[np.float32] = (weight / scales).astype(ml_dtypes.float8_e4m3fn).astype(np.float32)
+    return rounded * scales
+
+
+def _rounding_nodes(x: str, path: str) -> list[onnx.NodeProto]:
+    """x as E4M3 with a factor for each row, multiplied out again."""
+    node = helper.make_node
+    names = [f"{path}/{name}" for name in ("abs", "max", "scale", "least", "scaled", "e4m3", "wide")]
+    absolute, largest, scale, least, scaled, narrow, wide = names
+    return [
+        node("Abs", [x], [absolute], name=absolute),
+        node("ReduceMax", [absolute, "e4m3.axes"], [largest], name=largest, keepdims=1),
+        node("Div", [largest, "e4m3.largest"], [scale], name=scale),
+        node("Max", [scale, "e4m3.least"], [least], name=least),
+        node("Div", [x, least], [scaled], name=scaled),
+        node("Cast", [scaled], [narrow], name=narrow, to=onnx.TensorProto.FLOAT8E4M3FN),
+        node("Cast", [narrow], [wide], name=wide, to=onnx.TensorProto.FLOAT),
+        node("Mul", [wide, least], [f"{path}/rounded"], name=f"{path}/rounded"),
+    ]
+
+
 _CANDIDATES: dict[str, Callable[[DecoderGraph, Checkpoint], None]] = {
     "float32": lambda graph, checkpoint: None,
     "W8A8, rotated (the executor's int8)": _w8a8,
+    "E4M3 (a GPU's fp8)": _e4m3(with_logits=False),
+    "E4M3, output projection too": _e4m3(with_logits=True),
     "W8A8, not rotated": _w8a8_not_rotated,
     "MatMulNBits, 8 bits": _matmul_nbits(8),
     "MatMulNBits, 4 bits": _matmul_nbits(4),
@@ -94,13 +152,12 @@ _CANDIDATES: dict[str, Callable[[DecoderGraph, Checkpoint], None]] = {
 
 
 def negative_log_likelihoods(
-    session: DecoderSession, embedding: EmbeddingTable, token_ids: npt.NDArray[np.int64]
+    session: DecoderSession, embedding: EmbeddingTable, windows: Sequence[npt.NDArray[np.int64]]
 ) -> npt.NDArray[np.float64]:
     """Nats of each token but the first of each window, given those before it in the window."""
-    blocks = np.arange(_WINDOW // 16, dtype=np.int32)[None]
+    blocks = np.arange(WINDOW // 16, dtype=np.int32)[None]
     losses = []
-    for first in range(0, len(token_ids) - 1, _WINDOW):
-        window = token_ids[first : first + _WINDOW + 1]
+    for window in windows:
         for start in range(0, len(window) - 1, _ROWS):
             inputs, targets = window[start : start + _ROWS], window[start + 1 : start + _ROWS + 1]
             inputs = inputs[: len(targets)]
@@ -121,25 +178,27 @@ def main() -> None:
     parser.add_argument(
         "--kv", default="float16", choices=("float16", "float32"), help="cache of all but float32"
     )
+    parser.add_argument("--only", nargs="*", help="beside float32, what has one of these in its name")
     options = parser.parse_args()
     path = options.model or fetch_default_model()
     checkpoint = open_checkpoint(path)
     config = checkpoint.config
-    text = _TEXT.read_text()
-    token_ids = np.array(load_tokenizer(path).encode(text, add_special_tokens=False))
+    windows = [np.array(window) for window in text_windows(path)]
     table = np.asarray(checkpoint.read("model.embed_tokens.weight"), np.float32)
-    print(f"{len(token_ids)} tokens\n")
+    print(f"{sum(len(window) - 1 for window in windows)} tokens\n")
     print("| matrix products | perplexity | to float32 | standard error | seconds |")
     print("|---|---|---|---|---|")
     exact: npt.NDArray[np.float64] | None = None
     for name, lower in _CANDIDATES.items():
+        if options.only and not any(part in name for part in ("float32", *options.only)):
+            continue
         graph = build_decoder(config)
         transpose_weights(graph)
         lower(graph, checkpoint)
         is_exact = exact is None
         cache = allocate_kv_cache(
             config.num_hidden_layers,
-            _WINDOW // 16,
+            WINDOW // 16,
             16,
             config.num_key_value_heads,
             config.head_dim,
@@ -147,11 +206,11 @@ def main() -> None:
         )
         session = DecoderSession(
             graph, checkpoint, cache,
-            max_tokens=_ROWS, max_sampled=_ROWS, max_len=_WINDOW, num_threads=options.threads,
+            max_tokens=_ROWS, max_sampled=_ROWS, max_len=WINDOW, num_threads=options.threads,
         )  # fmt: skip
         embedding = EmbeddingTable(table, config.embedding_scale, is_quantized=not is_exact)
         start = time.perf_counter()
-        losses = negative_log_likelihoods(session, embedding, token_ids)
+        losses = negative_log_likelihoods(session, embedding, windows)
         seconds = time.perf_counter() - start
         session.close()
         if exact is None:
