@@ -230,7 +230,7 @@ class ServerConfig:
     max_num_batched_tokens: int | None = _flag(
         None,
         _integer(1, 2**20),
-        "tokens in one step at most: longer prompts are computed in chunks (default: 512 on a CPU, 8192 on a "
+        "tokens in one step at most: longer prompts are computed in chunks (default: 512 on a CPU, 4096 on a "
         "GPU)",
         group="scheduling",
         metavar="TOKENS",
