@@ -13,7 +13,9 @@ from server.engine_protocol import EngineClient
 from server.errors import ApiError, MethodNotAllowedError, UnknownUrlError, excerpt
 from server.guard import Guard, api_error
 from server.metrics import Metrics
-from server.routes import anthropic, chat, completions, health, models, tgi, tokens
+from server.response_database import ResponseDatabase
+from server.response_store import ResponseMemory
+from server.routes import anthropic, chat, completions, health, models, responses, tgi, tokens
 from server.service import Service
 from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
@@ -21,14 +23,19 @@ from server.validation import Validator
 
 
 def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer) -> FastAPI:
-    """The application of one API process. The engine may still be loading; until then calls get 503."""
+    """The application of one API process. The engine may still be loading; until then calls get 503.
+
+    Raises:
+        ResponseDatabaseError: the file of ``--responses-db`` cannot be used.
+    """
     tokenization = Tokenization(tokenizer)
     metrics = Metrics(config.metrics_prefix, config.served_model_names[0], engine)
     validator = Validator(engine, tokenization, config.served_model_names, metrics.count_unknown_field)
     # No documentation pages: they load scripts from elsewhere.
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.state.service = Service(config, engine, tokenization, metrics, validator)
-    for routes in (chat, completions, anthropic, models, health, tokens, tgi):
+    store = ResponseMemory() if config.responses_db is None else ResponseDatabase(config.responses_db)
+    app.state.service = Service(config, engine, tokenization, metrics, validator, store)
+    for routes in (chat, completions, responses, anthropic, models, health, tokens, tgi):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)

@@ -167,6 +167,13 @@ class ServerConfig:
         group="server",
         metavar="ORIGIN[,ORIGIN]",
     )
+    responses_db: str | None = _flag(
+        None,
+        str,
+        "SQLite file that keeps the answers of /v1/responses, up to 1 GiB (default: memory, up to 64 MiB)",
+        group="server",
+        metavar="FILE",
+    )
     max_body_bytes: int = _flag(
         32 * 2**20, _size, "largest request body (default: 32MiB)", group="server", metavar="SIZE"
     )

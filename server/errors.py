@@ -92,6 +92,11 @@ class InvalidApiKeyError(InvalidRequestError):
         )
 
 
+class ResponseNotFoundError(InvalidRequestError):
+    status = 404
+    default_code = "response_not_found"
+
+
 class UnknownUrlError(InvalidRequestError):
     status = 404
     default_code = "unknown_url"

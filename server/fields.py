@@ -22,6 +22,7 @@ from server.protocol import (
     TokenizeChatRequest,
     WireModel,
 )
+from server.responses_protocol import FunctionTool, ResponsesRequest, TextConfig
 
 # Values besides ``null`` with which a field changes nothing.
 _UNSUPPORTED_ANYWHERE: Mapping[str, tuple[Any, ...]] = {
@@ -116,6 +117,18 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "inference_geo": (),
     },
     CountTokensRequest: _UNSUPPORTED_BY_MESSAGES,
+    ResponsesRequest: {
+        "conversation": (),
+        "prompt": (),
+        "max_tool_calls": (),
+        "moderation": (),
+        "context_management": ([],),
+        "access_programs": (),
+        "service_tier": ("auto", "default"),
+        "truncation": ("disabled",),
+    },
+    TextConfig: {"verbosity": ("medium",)},
+    FunctionTool: {"defer_loading": (False,), "async": (False,), "allowed_callers": (["direct"],)},
     TextBlock: {"citations": ([],)},
 }
 # Known, and ignored on purpose: they change nothing about the answer.
@@ -124,6 +137,7 @@ _IGNORED = frozenset(
         "metadata",
         "store",
         "prompt_cache_key",
+        "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
         "parallel_tool_calls",

@@ -107,6 +107,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         import uvicorn
 
         from server.app import create_app
+        from server.response_database import ResponseDatabaseError
         from server.tokenizer import load_tokenizer
         from server.tokenizer_spec import TokenizerError
 
@@ -114,7 +115,10 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
             tokenizer = await loop.run_in_executor(None, load_tokenizer, source.path)
         except TokenizerError as error:
             raise LaunchError(str(error)) from None
-        app = create_app(config, engine, tokenizer)
+        try:
+            app = create_app(config, engine, tokenizer)
+        except ResponseDatabaseError as error:
+            raise LaunchError(f"--responses-db: {error}") from None
         server = uvicorn.Server(
             uvicorn.Config(
                 app,
@@ -134,6 +138,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         watcher = asyncio.create_task(_exit_on(failed, server))
         await server.serve(sockets=[listener])
         watcher.cancel()
+        app.state.service.responses.close()
     finally:
         await engine.stop()
     if failures:

@@ -21,6 +21,7 @@ from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
 from server.json_body import read_json_object
 from server.metrics import Metrics
+from server.response_store import ResponseStore
 from server.sse import EventStream
 from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
@@ -40,6 +41,7 @@ class Service:
     tokenization: Tokenization
     metrics: Metrics
     validator: Validator
+    responses: ResponseStore
     started: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property

@@ -9,7 +9,13 @@ from tests.end_to_end.server_process import ServerProcess
 
 
 @pytest.fixture(scope="session")
-def server(smollm2_path: Path) -> Iterator[ServerProcess]:
+def responses_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the server keeps the answers of ``/v1/responses``."""
+    return tmp_path_factory.mktemp("responses") / "responses.db"
+
+
+@pytest.fixture(scope="session")
+def server(smollm2_path: Path, responses_db: Path) -> Iterator[ServerProcess]:
     """One server with the default model for all tests that leave it as it was."""
-    with ServerProcess("--max-model-len", "2048") as server:
+    with ServerProcess("--max-model-len", "2048", "--responses-db", str(responses_db)) as server:
         yield server

@@ -40,6 +40,7 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "api_key": ("k1, k2", (api_key("k1"), api_key("k2"))),
         "api_key_file": (str(key_file), (api_key("k3", "ann"),)),
         "allowed_origins": ("https://A.example, *", ("https://a.example", "*")),
+        "responses_db": ("/data/responses.db", "/data/responses.db"),
         "max_body_bytes": ("1MiB", 2**20),
         "metrics_prefix": ("vllm:", "vllm"),
         "shutdown_timeout": ("3", 3),
