@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from server.config import ConfigError, add_arguments, config_from, environment_variable
+from server.config import ConfigError, add_arguments, config_from, environment_variable, explained
 
 _SERVE_HELP = """\
 Serves a model over an OpenAI-compatible HTTP API.
@@ -76,7 +76,8 @@ def _serve(parsed: argparse.Namespace) -> int:
     from server.model_source import ModelSourceError
 
     try:
-        serve(config_from(parsed))
+        config = config_from(parsed)
+        serve(config, explained(parsed))
     except ConfigError as error:
         print(f"inflightd serve: {error}", file=sys.stderr)
         return 2

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from server.api_keys import ApiKey, ApiKeys, parse_api_keys, read_api_keys
 from server.cors import parse_origins
+from server.tgi_environment import explain_tgi, tgi_settings
 
 ENVIRONMENT_PREFIX = "INFLIGHTD_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
@@ -285,19 +286,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         )
 
 
+def _own_settings(
+    arguments: argparse.Namespace, environment: Mapping[str, str]
+) -> dict[str, tuple[str, str]]:
+    """Names of settings: the flag or else the variable that gives each, and its text."""
+    own: dict[str, tuple[str, str]] = {}
+    for setting in _settings():
+        flag = "MODEL" if setting.name == "model" else "--" + setting.name.replace("_", "-")
+        variable = environment_variable(setting.name)
+        if (text := getattr(arguments, setting.name, None)) is not None:
+            own[setting.name] = (flag, text)
+        elif variable in environment:
+            own[setting.name] = (variable, environment[variable])
+    return own
+
+
+def explained(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> list[str]:
+    """For the log: what each of TGI's variables became. ``config_from`` has raised nothing."""
+    return explain_tgi(environment, frozenset(_own_settings(arguments, environment)))
+
+
 def config_from(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> ServerConfig:
-    """Settings from parsed flags, then ``INFLIGHTD_*`` variables, then defaults.
+    """Settings from parsed flags, then ``INFLIGHTD_*`` variables, then TGI's, then defaults.
 
     Raises:
         ConfigError: naming the flag or variable whose value is wrong, or the two that do not fit together.
     """
     values: dict[str, Any] = {}
+    try:
+        from_tgi = tgi_settings(environment)
+    except ValueError as error:
+        raise ConfigError(str(error)) from None
+    own = _own_settings(arguments, environment)
     for setting in _settings():
-        text = getattr(arguments, setting.name, None)
-        source = "MODEL" if setting.name == "model" else "--" + setting.name.replace("_", "-")
-        if text is None:
-            source = environment_variable(setting.name)
-            text = environment.get(source)
+        source, text = own.get(setting.name) or from_tgi.get(setting.name) or ("", None)
         if text is None:
             continue
         try:

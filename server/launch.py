@@ -18,6 +18,7 @@ import signal
 import socket
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -38,8 +39,8 @@ class LaunchError(Exception):
     """The server cannot start; the message says what to change."""
 
 
-def serve(config: ServerConfig) -> None:
-    """Serves until SIGINT or SIGTERM.
+def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
+    """Serves until SIGINT or SIGTERM. ``notes`` go to the log first.
 
     Raises:
         LaunchError, ModelSourceError: before anything is served, with a message for the user.
@@ -49,6 +50,8 @@ def serve(config: ServerConfig) -> None:
     logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
     if config.log_level == "info":  # it says what the lines below say, under the name uvicorn.error
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    for note in notes:
+        _log.info("%s", note)
     listener = listen(config)
     with listener:
         source = find_model(config.model)
