@@ -1,8 +1,8 @@
 """Where the device time of steps goes, kernel by kernel: ``python -m tests.benchmarks.gpu_profile``.
 
-Llama-3.1-8B's shape with random weights. ``--decodes`` sequences of ``--context`` tokens run; profiled are the
-steps in which ``--prompts`` new ones of ``--prompt-tokens`` arrive, or steps of decoding alone if there are none.
-Needs torch, whose profiler (CUPTI) sees all kernels of the process; nothing else of it is used.
+Llama-3.1-8B's shape with random weights. ``--decodes`` sequences of ``--context`` tokens run; profiled are
+the steps in which ``--prompts`` new ones of ``--prompt-tokens`` arrive, or steps of decoding alone if there
+are none. Needs torch, whose profiler (CUPTI) sees all kernels of the process; nothing else of it is used.
 """
 
 from __future__ import annotations
