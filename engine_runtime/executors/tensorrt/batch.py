@@ -13,7 +13,7 @@ import numpy.typing as npt
 from engine_runtime.cuda import DeviceBuffer, PinnedBuffer, Stream
 from engine_runtime.executors.sequence_state import SequenceState
 from engine_runtime.executors.sequence_table import SequenceTable, Share
-from engine_runtime.executors.tensorrt.buckets import bucket_for
+from engine_runtime.executors.tensorrt.buckets import Buckets
 from engine_runtime.kernels.numpy_types import Int32Array
 from scheduler.messages import SchedulerOutput
 
@@ -171,8 +171,8 @@ class DeviceBatch(SequenceTable):
         max_slots: int,
         max_rows: int,
         block_size: int,
-        decode_buckets: Sequence[int],
-        token_buckets: Sequence[int],
+        decode_buckets: Buckets,
+        token_buckets: Buckets,
         tiles: Callable[[Int32Array, Int32Array, int], Int32Array],
     ) -> None:
         """
@@ -245,14 +245,14 @@ class DeviceBatch(SequenceTable):
                 following = share.state.token_ids.view[share.start + 1 :][: share.num_prompt_rows]
                 top_n = share.state.params.prompt_logprobs or 0
                 targets += [(token_id, top_n) for token_id in following.tolist()]
-        num_rows = bucket_for(self._decode_buckets, len(rows)) if rows else 0
+        num_rows = self._decode_buckets.choose(len(rows)) if rows else 0
         self._inputs["rows"][: len(rows)] = rows
         self._inputs["rows"][len(rows) : num_rows] = 0
         num_decodes = int((lengths == 1).sum())
         tiles = self._tiles(query_start[: num_sequences + 1], stops, num_decodes)
         self._inputs["tiles"][: tiles.size] = tiles.reshape(-1)
         shape = StepShape(
-            num_tokens=bucket_for(self._token_buckets, num_tokens),
+            num_tokens=self._token_buckets.choose(num_tokens),
             num_decodes=num_decodes,
             num_tiles=len(tiles),
             num_rows=num_rows,
@@ -266,7 +266,7 @@ class DeviceBatch(SequenceTable):
 
     def _arrange_decode(self, run: Sequence[Share], slots: Int32Array, starts: Int32Array) -> StepShape:
         number = len(run)
-        bucket = bucket_for(self._decode_buckets, number)
+        bucket = self._decode_buckets.choose(number)
         inputs = self._inputs
         inputs["token_ids"][:number] = [share.state.token_ids.view[share.start] for share in run]
         inputs["positions"][:number] = starts

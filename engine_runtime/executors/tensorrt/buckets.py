@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 
 _DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _PREFILL = (16, 32, 64, 96, 128, 192, *range(256, 4096, 128))  # tiles have 128 rows at most
@@ -44,3 +45,42 @@ def _up_to(largest: int, first: Sequence[int], step: int) -> tuple[int, ...]:
         buckets += [buckets[-1] + step * (i + 1) for i in range(4)]
         step *= 2
     return (*(bucket for bucket in buckets if bucket < largest), largest)
+
+
+class Buckets:
+    """A row of buckets, of which some cannot be computed yet: the next larger one serves.
+
+    One thread chooses, and one other may add what is missing.
+    """
+
+    def __init__(self, buckets: Sequence[int], missing: Iterable[int] = ()) -> None:
+        """
+        Args:
+            buckets: rising; the last one is not missing.
+        """
+        self._all = tuple(buckets)
+        self._missing = set(missing)
+        self._needs: Counter[int] = Counter()
+        if self._all[-1] in self._missing:
+            raise ValueError(f"the largest bucket, {self._all[-1]}, must be there from the start")
+
+    def choose(self, number: int) -> int:
+        """The smallest bucket that holds ``number`` and can be computed.
+
+        Raises:
+            ValueError: none does.
+        """
+        bucket = bucket_for(self._all, number)
+        if bucket not in self._missing:
+            return bucket
+        self._needs[bucket] += 1
+        return next(other for other in self._all if other > bucket and other not in self._missing)
+
+    @property
+    def missing(self) -> list[tuple[int, int]]:
+        """(how often it was asked for, bucket) of each that is missing."""
+        return [(self._needs[bucket], bucket) for bucket in sorted(self._missing)]
+
+    def add(self, bucket: int) -> None:
+        """From now on it can be computed."""
+        self._missing.discard(bucket)

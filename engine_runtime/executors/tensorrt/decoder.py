@@ -131,6 +131,15 @@ class DeviceDecoder:
         self._heads: dict[tuple[int, bool], BoundSegment] = {}
         self._graphs: dict[tuple[int, SamplingPath], CudaGraph | None] = {}
 
+    def segment_addresses(self, layer: int) -> dict[str, int]:
+        """Of weights, inputs and outputs of the segment after the attention of ``layer``; -1: the first."""
+        return {**self._weights.addresses(layer), **self._io(layer)}
+
+    @property
+    def workspace(self) -> tuple[int, int]:
+        """Address and bytes of the memory that all segments share while they run."""
+        return self._workspaces[-1].address, self._workspaces[-1].num_bytes
+
     def run(self, shape: StepShape, path: SamplingPath) -> None:
         """Enqueues a run whose inputs are on their way to the device.
 
@@ -169,6 +178,7 @@ class DeviceDecoder:
         # TensorRT's contexts must go before that of the device.
         for made in (self._graphs, self._bodies, self._heads):
             made.clear()
+        self._segments.close()
         tables = [table for pair in self._rope.values() for table in pair]
         for buffer in (self._buffer, self._attention_workspace, *self._workspaces, *tables):
             buffer.free()
@@ -225,12 +235,12 @@ class DeviceDecoder:
         body = self._bodies.get(num_tokens)
         if body is None:
             first = self._make("first", num_tokens)
-            body = [first.bind({**self._weights.addresses(-1), **self._io(-1)})]
+            body = [first.bind(self.segment_addresses(-1))]
             num_layers = self._config.num_hidden_layers
             if num_layers > 1:
                 middle = self._make("middle", num_tokens)
                 for layer in range(num_layers - 1):
-                    body.append(middle.bind({**self._weights.addresses(layer), **self._io(layer)}))
+                    body.append(middle.bind(self.segment_addresses(layer)))
             self._bodies[num_tokens] = body
         return body
 
@@ -240,7 +250,7 @@ class DeviceDecoder:
         if head is None:
             segment = self._make("last", num_rows)
             layer = self._config.num_hidden_layers - 1
-            addresses = {**self._weights.addresses(layer), **self._io(layer)}
+            addresses = self.segment_addresses(layer)
             if not is_decode:
                 addresses |= {
                     "attention": self._at["row_attention"],

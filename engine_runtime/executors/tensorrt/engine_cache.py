@@ -72,13 +72,18 @@ def segment_key(
         kind=segment.kind,
         dtype=segment.dtype,
         num_tokens=segment.num_tokens,
-        graph=hashlib.sha256(segment.model.SerializeToString(deterministic=True)).hexdigest(),
+        graph=graph_digest(segment),
         formulation=formulation,
         quantization=quantization,
         tensor_parallel_size=tensor_parallel_size,
         library=library or tensorrt_version(),
         target=target,
     )
+
+
+def graph_digest(segment: Segment) -> str:
+    """SHA-256 of the graph, hexadecimal."""
+    return hashlib.sha256(segment.model.SerializeToString(deterministic=True)).hexdigest()
 
 
 def default_cache_folder() -> Path:

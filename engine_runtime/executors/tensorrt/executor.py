@@ -8,6 +8,7 @@ from concurrent.futures import Future
 
 from engine_runtime.cuda import CudaDevice, CudaError, Event, PinnedBuffer, Stream
 from engine_runtime.executors.sequence_table import Share
+from engine_runtime.executors.tensorrt.background_builds import BackgroundBuilds
 from engine_runtime.executors.tensorrt.batch import ArrangedRun, DeviceBatch, StepInputs
 from engine_runtime.executors.tensorrt.decoder import DeviceDecoder
 from engine_runtime.kernels.gpu_sampling import GpuSampler
@@ -66,6 +67,7 @@ class TensorRTExecutor:
         batch: DeviceBatch,
         inputs: StepInputs,
         sampler: GpuSampler,
+        builds: BackgroundBuilds,
     ) -> None:
         self._spec = spec
         self._device = device
@@ -74,6 +76,7 @@ class TensorRTExecutor:
         self._batch = batch
         self._inputs = inputs
         self._sampler = sampler
+        self._builds = builds
         # One a step in flight, and the last for runs that the host waits for at once.
         self._outputs = [
             (PinnedBuffer(sampler.output_bytes(SamplingPath.FULL)), Event()) for _ in range(MAX_IN_FLIGHT + 1)
@@ -100,6 +103,7 @@ class TensorRTExecutor:
         return PendingStep(collect)
 
     def shutdown(self) -> None:
+        self._builds.close()
         try:
             self._stream.synchronize()
         except CudaError as error:  # the device is lost; what follows fails without harm

@@ -5,20 +5,23 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Literal
 
 from engine_runtime.cuda import CudaDevice, CudaError, NoDeviceError, Stream
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError, make_plan
+from engine_runtime.executors.tensorrt.background_builds import BackgroundBuilds, buckets_ready
 from engine_runtime.executors.tensorrt.batch import DeviceBatch, StepInputs
 from engine_runtime.executors.tensorrt.buckets import decode_buckets, largest_step, token_buckets
 from engine_runtime.executors.tensorrt.decoder import DeviceDecoder, KvCache, buffer_sizes
 from engine_runtime.executors.tensorrt.engine_cache import EngineCache
 from engine_runtime.executors.tensorrt.executor import MAX_IN_FLIGHT, TensorRTExecutor
-from engine_runtime.executors.tensorrt.kernel_forms import Quantization
+from engine_runtime.executors.tensorrt.kernel_forms import Quantization, projections
 from engine_runtime.executors.tensorrt.kernel_segment import UnsupportedSegmentError
 from engine_runtime.executors.tensorrt.library import TensorRTError
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory
+from engine_runtime.executors.tensorrt.tuning import TuningSpace, tune, tuned_counts
 from engine_runtime.executors.tensorrt.weights import DeviceWeights, WeightPlan
 from engine_runtime.kernels.attention_layout import BLOCK_SIZE, MAX_SEQUENCES
 from engine_runtime.kernels.gpu_attention import AttentionShape, PagedAttention
@@ -138,6 +141,7 @@ def _create(
     capacity = largest_step(max_tokens, max_rows)
     library = KernelLibrary(device)
     segments, workspace = _make_segments(config, device, model, checkpoint, library, max_tokens, max_rows)
+    undo.callback(segments.close)
     quantization = segments.quantization
     shape = AttentionShape(
         num_heads=model.num_attention_heads,
@@ -234,13 +238,19 @@ def _create(
         dtype=_DTYPE,
     )
     undo.callback(decoder.close)
+    _tune(
+        segments, decoder, model, device, stream, decode_buckets(max_rows), token_buckets(max_tokens), report
+    )
+    body: list[SegmentKind] = ["first", "middle"] if model.num_hidden_layers > 1 else ["first"]
+    rows = buckets_ready([segments], [*body, "last"], decode_buckets(max_rows))
+    tokens = buckets_ready([segments], body, token_buckets(max_tokens))
     batch = DeviceBatch(
         inputs,
         max_slots=2 * max_seqs,
         max_rows=max_rows,
         block_size=plan.block_size,
-        decode_buckets=decode_buckets(max_rows),
-        token_buckets=token_buckets(max_tokens),
+        decode_buckets=rows,
+        token_buckets=tokens,
         tiles=attention.prefill_tiles,
     )
     fingerprint = "random" if checkpoint is None else checkpoint.fingerprint
@@ -259,7 +269,9 @@ def _create(
         max_num_batched_tokens=max_tokens,
         device=f"{device.properties.name} ({', '.join(kinds)})",
     )
-    executor = TensorRTExecutor(spec, device, stream, decoder, batch, inputs, sampler)
+    builds = BackgroundBuilds([segments], [(rows, [*body, "last"]), (tokens, body)], device.make_current)
+    undo.callback(builds.close)
+    executor = TensorRTExecutor(spec, device, stream, decoder, batch, inputs, sampler, builds)
     report("first step", 0, 1)
     _warm_up(executor)
     report("first step", 1, 1)
@@ -299,11 +311,38 @@ def _make_segments(
 
 
 def _workspace_bytes(segments: SegmentFactory, num_layers: int, max_tokens: int, max_rows: int) -> int:
-    """Of the largest segments. A smaller one that sums more parts may need more; then it gets its own."""
-    body: SegmentKind = "middle" if num_layers > 1 else "first"
+    """Of the segment that needs most."""
+    rows = decode_buckets(max_rows)
+    tokens = sorted({*token_buckets(max_tokens), *rows})
+    bodies: list[SegmentKind] = ["first", "middle"] if num_layers > 1 else ["first"]
     return max(
-        segments.make(body, max_tokens).workspace_bytes, segments.make("last", max_rows).workspace_bytes
+        segments.workspace_bytes("last", rows), *(segments.workspace_bytes(kind, tokens) for kind in bodies)
     )
+
+
+def _tune(
+    segments: SegmentFactory,
+    decoder: DeviceDecoder,
+    model: ModelConfig,
+    device: CudaDevice,
+    stream: Stream,
+    rows: Sequence[int],
+    tokens: Sequence[int],
+    report: Progress,
+) -> None:
+    """Finds the fastest way to compute each segment, unless an earlier start has."""
+    last = model.num_hidden_layers - 1
+    smallest = min(shape.n * shape.k for shape in projections(model, "middle").values())
+    item = 1 if segments.quantization == "fp8" else 2
+    num_layers = min(last, -(-2 * device.properties.l2_cache // (smallest * item)))
+    space = TuningSpace(
+        {
+            "middle": [decoder.segment_addresses(layer) for layer in range(num_layers)],
+            "last": [decoder.segment_addresses(last)],
+        },
+        decoder.workspace,
+    )
+    tune(segments, tuned_counts(rows, tokens), space, stream, lambda done, size: report("tuning", done, size))
 
 
 def _length_bytes(model: ModelConfig, max_len: int, max_rows: int) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 from engine_runtime.model_config import ModelConfig
@@ -47,6 +48,11 @@ class GemmForm:
         return _PARTS.get(self.role, 1)
 
     @property
+    def result_bytes(self) -> int:
+        """For each number of the result, in all parts."""
+        return self.num_parts * (4 if self.writes_float32 else 2)
+
+    @property
     def writes_float32(self) -> bool:
         return self.role in _PARTS or self.role.endswith("logits")
 
@@ -61,6 +67,11 @@ class Shape:
 
 def parse_forms(names: Iterable[str]) -> tuple[GemmForm, ...]:
     """The matrix products among the names of compiled kernels."""
+    return _parse(tuple(names))
+
+
+@cache
+def _parse(names: tuple[str, ...]) -> tuple[GemmForm, ...]:
     found = []
     for name in names:
         match = _NAME.fullmatch(name)

@@ -7,7 +7,7 @@ import json
 import logging
 import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from cuda.bindings import driver
@@ -17,9 +17,11 @@ from engine_runtime.executors.tensorrt.engine_cache import (
     CacheKey,
     EngineCache,
     compiled_kernels_key,
+    graph_digest,
     segment_key,
 )
 from engine_runtime.executors.tensorrt.kernel_forms import (
+    GemmForm,
     Projection,
     Quantization,
     candidates,
@@ -34,7 +36,7 @@ from engine_runtime.executors.tensorrt.kernel_segment import (
 from engine_runtime.executors.tensorrt.library import TensorRTError, tensorrt_version
 from engine_runtime.executors.tensorrt.segment import BoundSegment, DeviceSegment, TrtSegment
 from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder
-from engine_runtime.kernels.kernel_library import KernelLibrary
+from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import DType, Segment, SegmentKind
@@ -94,9 +96,12 @@ class SegmentFactory:
         self.quantization: Quantization = quantization
         self._only = only
         self._builder: TrtBuilder | None = None
-        self._builder_lock = threading.Lock()
         can_use_kernels = dtype == "bfloat16" and only != "tensorrt"
         self._library = library if can_use_kernels else None
+        self._lock = threading.Lock()
+        self._trt_segments: dict[tuple[SegmentKind, int], TrtSegment] = {}
+        self._graphs: dict[SegmentKind, str] = {}
+        self._guesses: dict[tuple[SegmentKind, int], Tactic] = {}
         names = "\n".join(sorted(library.names)) if library is not None else ""
         self._library_id = hashlib.sha256(names.encode()).hexdigest()[:16]
         major, minor = device.properties.compute_capability
@@ -121,17 +126,43 @@ class SegmentFactory:
                 _logger.info("TensorRT computes %s segments of %d tokens: %s", kind, num_tokens, error)
         return self._trt_segment(kind, num_tokens)
 
-    def prepare(self, kind: SegmentKind, num_tokens: int) -> None:
-        """Builds the engine that ``make`` would build, if any, into the cache.
+    def is_ready(self, kind: SegmentKind, num_tokens: int) -> bool:
+        """Whether ``make`` takes a moment only: kernels compute it, or its engine is loaded."""
+        return (kind, num_tokens) in self._trt_segments or not self._needs_tensorrt(kind, num_tokens)
 
-        May be called by another thread, which leaves Python to the others while it builds.
+    def prepare(self, kind: SegmentKind, num_tokens: int) -> None:
+        """Builds and loads the engine that ``make`` would build, if any.
+
+        May be called by another thread to which the device is current; it leaves Python to the others while
+        it builds.
 
         Raises:
             TensorRTError: it cannot be built.
         """
-        tactic = self.known_tactic(kind, num_tokens) or self._guess(kind, num_tokens)
-        if tactic.formulation == "tensorrt":
-            self._trt_engine(kind, num_tokens)
+        if self._needs_tensorrt(kind, num_tokens):
+            self._trt_segment(kind, num_tokens)
+
+    def workspace_bytes(self, kind: SegmentKind, buckets: Sequence[int]) -> int:
+        """Device memory for any of these token counts by any choice of kernels.
+
+        Of what TensorRT computes, only the engine of the largest is asked, and built if need be.
+
+        Raises:
+            TensorRTError, UnsupportedSegmentError: as of ``make``.
+        """
+        largest = max(buckets)
+        found = [0]
+        for num_tokens in buckets:
+            if not self._needs_tensorrt(kind, num_tokens):
+                widest = self._widest_kernels(kind, num_tokens)
+                found.append(self._kernel_segment(kind, num_tokens, widest).workspace_bytes)
+            elif num_tokens == largest:
+                found.append(self._trt_segment(kind, num_tokens).workspace_bytes)
+        return max(found)
+
+    def close(self) -> None:
+        """Frees what TensorRT has loaded; before the device is closed."""
+        self._trt_segments.clear()
 
     def known_tactic(self, kind: SegmentKind, num_tokens: int) -> Tactic | None:
         """What ``tune`` found for this shape, now or at an earlier start."""
@@ -155,7 +186,8 @@ class SegmentFactory:
 
         Args:
             layers: complete addresses of several layers, whose weights together are larger than the cache
-                of the GPU. Outputs are overwritten.
+                of the GPU. Outputs are overwritten. For ``last``, tune ``middle`` first: what both have is
+                not timed again.
             workspace: address and size of memory that is free now.
             with_tensorrt: also build and time an engine; about a second.
 
@@ -179,13 +211,36 @@ class SegmentFactory:
         self._cache.store(self._tactic_key(kind, num_tokens), json.dumps(entry).encode())
         return Tactic(fastest, kernels, microseconds)
 
+    def _needs_tensorrt(self, kind: SegmentKind, num_tokens: int) -> bool:
+        tactic = self.known_tactic(kind, num_tokens) or self._guess(kind, num_tokens)
+        return tactic.formulation == "tensorrt"
+
+    def _widest_kernels(self, kind: SegmentKind, num_tokens: int) -> dict[Projection, str]:
+        """For each projection the form that writes most."""
+        widest: dict[Projection, str] = {}
+        for projection in projections(self._config, kind):
+            forms = self._candidates(kind, projection, num_tokens)
+            if forms:
+                widest[projection] = max(forms, key=lambda form: form.result_bytes).name
+        return widest
+
+    def _candidates(self, kind: SegmentKind, projection: Projection, num_tokens: int) -> list[GemmForm]:
+        if self._library is None:
+            return []
+        known = parse_forms(self._library.names)
+        return candidates(known, self._config, kind, projection, num_tokens, self.quantization)
+
     def _guess(self, kind: SegmentKind, num_tokens: int) -> Tactic:
-        if self.quantization == "none":
-            try:
-                self._kernel_segment(kind, num_tokens, {})
-            except UnsupportedSegmentError:
-                return Tactic("tensorrt")
-        return Tactic("kernels")
+        guess = self._guesses.get((kind, num_tokens))
+        if guess is None:
+            guess = Tactic("kernels")
+            if self.quantization == "none":
+                try:
+                    self._kernel_segment(kind, num_tokens, {})
+                except UnsupportedSegmentError:
+                    guess = Tactic("tensorrt")
+            self._guesses[kind, num_tokens] = guess
+        return guess
 
     def _kernel_segment(
         self, kind: SegmentKind, num_tokens: int, choice: Mapping[Projection, str]
@@ -198,20 +253,27 @@ class SegmentFactory:
         )
 
     def _trt_segment(self, kind: SegmentKind, num_tokens: int) -> TrtSegment:
-        trt_engine, key = self._trt_engine(kind, num_tokens)
+        """Loaded once: its execution context serves all that bind it."""
+        made = self._trt_segments.get((kind, num_tokens))
+        if made is not None:
+            return made
+        with self._lock:  # whoever loads first; TensorRT's builder and runtime serve one at a time
+            made = self._trt_segments.get((kind, num_tokens))
+            if made is None:
+                made = self._trt_segments[kind, num_tokens] = self._load_trt(kind, num_tokens)
+        return made
+
+    def _load_trt(self, kind: SegmentKind, num_tokens: int) -> TrtSegment:
+        segment = self._segment(kind, num_tokens)
+        key = segment_key(segment, self._target)
+        self._builder = self._builder or TrtBuilder()
+        trt_engine = self._cache.engine(key, lambda: segment, self._builder)
         compiled_key = compiled_kernels_key(key, self._device.properties.name)
         compiled = self._cache.load(compiled_key)
         made = TrtSegment(trt_engine, num_tokens, compiled)
         if not made.had_compiled_kernels and (compiled := made.compiled_kernels()) is not None:
             self._cache.store(compiled_key, compiled)
         return made
-
-    def _trt_engine(self, kind: SegmentKind, num_tokens: int) -> tuple[bytes, CacheKey]:
-        segment = self._segment(kind, num_tokens)
-        key = segment_key(segment, self._target)
-        with self._builder_lock:
-            self._builder = self._builder or TrtBuilder()
-        return self._cache.engine(key, lambda: segment, self._builder), key
 
     def _tune_kernels(
         self,
@@ -221,18 +283,23 @@ class SegmentFactory:
         workspace: tuple[int, int],
         stream: Stream,
     ) -> dict[Projection, str]:
-        if self._library is None:
-            raise UnsupportedSegmentError("there are no kernels for this GPU, model or type")
-        known = parse_forms(self._library.names)
         chosen: dict[Projection, str] = {}
+        # Projections that another kind of segment has too are as fast there.
+        found = self.known_tactic("middle", num_tokens) if kind == "last" else None
         for projection in projections(self._config, kind):
+            if found is not None and projection in found.kernels:
+                chosen[projection] = found.kernels[projection]
+                continue
             times = {}
-            for form in candidates(known, self._config, kind, projection, num_tokens, self.quantization):
+            for form in self._candidates(kind, projection, num_tokens):
                 segment = self._kernel_segment(kind, num_tokens, {**chosen, projection: form.name})
                 if segment.workspace_bytes > workspace[1]:
                     continue
                 segment.use_workspace(workspace[0])
-                bound = [BoundKernelSegment(segment.parts(layer)[projection]) for layer in layers]
+                try:
+                    bound = [BoundKernelSegment(segment.parts(layer)[projection]) for layer in layers]
+                except KernelsMissingError:  # it wants more shared memory than this GPU has
+                    continue
                 times[form.name] = measure(bound, stream)
             if times:
                 chosen[projection] = min(times, key=lambda name: times[name])
@@ -246,13 +313,20 @@ class SegmentFactory:
             version = tensorrt_version()
         except TensorRTError:
             version = "no TensorRT"
-        key = segment_key(
-            self._segment(kind, num_tokens),
-            f"{self._target} {self._device.properties.name}",
+        if kind not in self._graphs:  # making a graph takes 17 ms
+            self._graphs[kind] = graph_digest(build_segment(self._config, kind, self._dtype))
+        return CacheKey(
+            content="tactics",
+            kind=kind,
+            dtype=self._dtype,
+            num_tokens=num_tokens,
+            graph=self._graphs[kind],
+            formulation="any",
             quantization=self.quantization,
+            tensor_parallel_size=1,
             library=f"{version}, kernels {self._library_id}",
+            target=f"{self._target} {self._device.properties.name}",
         )
-        return replace(key, content="tactics")
 
 
 def measure(runs: Sequence[BoundSegment], stream: Stream) -> float:
@@ -302,7 +376,7 @@ def _time_in_turns(
     if not bound:
         raise ValueError(f"no way to compute a segment fits into {workspace[1]} bytes of workspace")
     times: dict[Formulation, list[float]] = {name: [] for name in bound}
-    for _ in range(_TURNS):
+    for _ in range(_TURNS if len(bound) > 1 else 1):
         for name, runs in bound.items():
             times[name].append(measure(runs, stream))
-    return {name: sorted(found)[_TURNS // 2] for name, found in times.items()}
+    return {name: sorted(found)[len(found) // 2] for name, found in times.items()}

@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install -e '.[gpu]'")
 
 from engine_runtime.executors.tensorrt.batch import ArrangedRun, DeviceBatch, StepShape
+from engine_runtime.executors.tensorrt.buckets import Buckets
 from engine_runtime.kernels.numpy_types import Int32Array
 from scheduler.messages import NewSequence, SamplingParams, ScheduledSequence, SchedulerOutput
 
@@ -49,8 +50,8 @@ def _batch() -> tuple[DeviceBatch, PlainInputs]:
         max_slots=8,
         max_rows=8,
         block_size=_BLOCK,
-        decode_buckets=(1, 2, 4, 8),
-        token_buckets=(8, 16, 32),
+        decode_buckets=Buckets((1, 2, 4, 8)),
+        token_buckets=Buckets((8, 16, 32)),
         tiles=_tiles,
     )
     return batch, inputs

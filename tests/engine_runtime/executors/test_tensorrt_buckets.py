@@ -5,6 +5,7 @@ from itertools import pairwise
 import pytest
 
 from engine_runtime.executors.tensorrt.buckets import (
+    Buckets,
     bucket_for,
     decode_buckets,
     largest_step,
@@ -36,3 +37,19 @@ def test_a_step_gets_the_smallest_bucket_that_holds_it() -> None:
 @pytest.mark.parametrize(("tokens", "rows"), [(50, 64), (8192, 256), (64, 64), (1, 64)])
 def test_no_bucket_is_larger_than_the_buffers(tokens: int, rows: int) -> None:
     assert max(*token_buckets(tokens), *decode_buckets(rows)) == largest_step(tokens, rows)
+
+
+def test_what_is_missing_is_padded_to_the_next_size_and_remembered() -> None:
+    buckets = Buckets((1, 2, 4, 8, 16), missing=(1, 4, 8))
+    assert [buckets.choose(number) for number in (1, 2, 3, 4, 9)] == [2, 2, 16, 16, 16]
+    assert buckets.missing == [(1, 1), (2, 4), (0, 8)]
+    buckets.add(4)
+    assert [buckets.choose(number) for number in (3, 5)] == [4, 16]
+    assert buckets.missing == [(1, 1), (1, 8)]
+    with pytest.raises(ValueError, match="17 is more than the largest"):
+        buckets.choose(17)
+
+
+def test_the_largest_is_never_missing() -> None:
+    with pytest.raises(ValueError, match="16, must be there"):
+        Buckets((8, 16), missing=(16,))

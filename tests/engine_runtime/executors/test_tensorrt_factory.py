@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
@@ -101,13 +101,13 @@ class FakeSegments:
     ) -> None:
         self.quantization = quantization
 
-    def make(self, kind: str, num_tokens: int) -> Any:
+    def workspace_bytes(self, kind: str, buckets: Sequence[int]) -> int:
         if (self.quantization, kind) not in self.supported:
-            raise UnsupportedSegmentError(f"no kernel computes qkv for {num_tokens} tokens")
-        return SimpleNamespace(workspace_bytes=num_tokens)
+            raise UnsupportedSegmentError(f"no kernel computes qkv for {buckets[-1]} tokens")
+        return buckets[-1]
 
 
-_ALL = {(form, kind) for form in ("none", "fp8") for kind in ("middle", "last")}
+_ALL = {(form, kind) for form in ("none", "fp8") for kind in ("first", "middle", "last")}
 
 
 @pytest.mark.parametrize(
@@ -195,18 +195,21 @@ def test_what_no_kernel_takes_is_refused_first(
     assert device.num_closed == 1
 
 
-@pytest.mark.parametrize(("num_layers", "kind"), [(1, "first"), (2, "middle")])
-def test_the_workspace_is_that_of_the_segments_that_the_model_has(num_layers: int, kind: str) -> None:
-    sizes = {("first", 16): 700, ("middle", 16): 900, ("last", 8): 800}
-    asked: list[tuple[str, int]] = []
+@pytest.mark.parametrize(("num_layers", "kinds"), [(1, ["first", "last"]), (2, ["first", "last", "middle"])])
+def test_the_workspace_is_that_of_the_segments_and_buckets_that_there_are(
+    num_layers: int, kinds: list[str]
+) -> None:
+    asked: dict[str, list[int]] = {}
 
-    def make(*key: Any) -> Any:
-        asked.append(key)
-        return SimpleNamespace(workspace_bytes=sizes[key])
+    def workspace_bytes(kind: str, buckets: Any) -> int:
+        asked[kind] = list(buckets)
+        return {"first": 700, "middle": 900, "last": 800}[kind]
 
-    segments: Any = SimpleNamespace(make=make)
-    assert factory._workspace_bytes(segments, num_layers, 16, 8) == max(800, sizes[kind, 16])
-    assert asked == [(kind, 16), ("last", 8)]
+    segments: Any = SimpleNamespace(workspace_bytes=workspace_bytes)
+    assert factory._workspace_bytes(segments, num_layers, 64, 8) == (800 if num_layers == 1 else 900)
+    assert sorted(asked) == kinds
+    assert asked["last"] == [1, 2, 4, 8]
+    assert asked["first"] == [1, 2, 4, 8, 16, 32, 64]
 
 
 def test_tables_are_counted_for_each_kind_of_rotation() -> None:

@@ -10,16 +10,22 @@ from typing import Any
 import pytest
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
+pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[dev]'")
 pytest.importorskip("tensorrt_rtx", reason="TensorRT for RTX is not installed: pip install -e '.[gpu]'")
 
 from engine_runtime.executors.tensorrt import tactics as tensorrt_tactics
 from engine_runtime.executors.tensorrt.engine_cache import EngineCache
+from engine_runtime.executors.tensorrt.kernel_forms import Quantization, projections
 from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment, UnsupportedSegmentError
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory, Tactic
 from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder
+from engine_runtime.kernels.triton import segment_gemm_specs
 from engine_runtime.model_config import ModelConfig
+from engine_runtime.models.segment import SegmentKind
 from tests.engine_runtime.tiny_configs import tiny_config
 
+KINDS: tuple[SegmentKind, ...] = ("first", "middle", "last")
+REAL_NAMES = tuple(spec.name for spec in segment_gemm_specs.SPECS if 90 in spec.architectures)
 NAMES = (
     "skinny_plain_16x32x64x8x4",
     "skinny_plain_16x64x64x8x4",
@@ -31,7 +37,7 @@ NAMES = (
 class NamesOnly:
     """A library of kernels that nobody launches."""
 
-    names = NAMES
+    names: tuple[str, ...] = NAMES
 
     def get(self, name: str) -> Any:
         raise AssertionError(name)
@@ -48,9 +54,21 @@ def factory(folder: Path, model: ModelConfig, **arguments: Any) -> SegmentFactor
     return SegmentFactory(model, device, EngineCache(folder), library, **arguments)
 
 
+class LoadedEngine:
+    """An engine that nobody runs."""
+
+    had_compiled_kernels = True
+    workspace_bytes = 12345
+
+    def __init__(self, trt_engine: bytes, num_tokens: int, compiled: bytes | None) -> None:
+        assert trt_engine
+        self.num_tokens = num_tokens
+
+
 @pytest.fixture(autouse=True)
-def builder_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def tensorrt_without_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tensorrt_tactics, "TrtBuilder", lambda: TrtBuilder([(8, 0)]))
+    monkeypatch.setattr(tensorrt_tactics, "TrtSegment", LoadedEngine)
 
 
 def store(made: SegmentFactory, tactic: Tactic, num_tokens: int) -> None:
@@ -94,8 +112,13 @@ def test_the_engine_is_prepared_where_tensorrt_is_needed(
     tmp_path: Path, model: ModelConfig, arguments: dict[str, Any], num_tokens: int
 ) -> None:
     made = factory(tmp_path, model, **arguments)
+    assert not made.is_ready("middle", num_tokens)
     made.prepare("middle", num_tokens)
     assert [path.suffix for path in tmp_path.iterdir()] == [".engine"]
+    assert made.is_ready("middle", num_tokens)
+    segment = made.make("middle", num_tokens)
+    assert isinstance(segment, LoadedEngine)
+    assert made.make("middle", num_tokens) is segment  # a second execution context would be of no use
 
 
 def test_an_odd_vocabulary_needs_tensorrt_for_the_last_segment(tmp_path: Path) -> None:
@@ -107,8 +130,46 @@ def test_an_odd_vocabulary_needs_tensorrt_for_the_last_segment(tmp_path: Path) -
 
 
 def test_nothing_is_prepared_for_kernels(tmp_path: Path) -> None:
-    factory(tmp_path, config()).prepare("middle", 16)
+    made = factory(tmp_path, config())
+    assert made.is_ready("middle", 16)
+    made.prepare("middle", 16)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("num_tokens", [1, 8, 64, 200, 1024, 3000])
+def test_the_workspace_holds_every_choice(
+    quantization: Quantization, num_tokens: int, tmp_path: Path
+) -> None:
+    model = config(hidden_size=512, intermediate_size=1024)
+    made = factory(tmp_path, model, quantization=quantization)
+    made._library = named = NamesOnly()  # type: ignore[assignment]
+    named.names = REAL_NAMES
+    for kind in KINDS:
+        most = made.workspace_bytes(kind, [num_tokens])
+        for projection in projections(model, kind):
+            for form in made._candidates(kind, projection, num_tokens):
+                choice = {projection: form.name}
+                assert made._kernel_segment(kind, num_tokens, choice).workspace_bytes <= most
+        assert made.workspace_bytes(kind, [1, num_tokens]) >= most
+
+
+def test_of_engines_only_the_largest_is_asked_for_its_workspace(tmp_path: Path) -> None:
+    made = factory(tmp_path, config(has_mlp_bias=True))
+    assert made.workspace_bytes("middle", [8, 16]) == 12345
+    assert (made.is_ready("middle", 8), made.is_ready("middle", 16)) == (False, True)
+
+
+def test_a_tactic_is_found_without_making_its_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = factory(tmp_path, config())
+    store(made, Tactic("kernels", {}, {"kernels": 5.0}), 16)
+
+    def fail(*arguments: object) -> None:
+        raise AssertionError(arguments)
+
+    monkeypatch.setattr(tensorrt_tactics, "build_segment", fail)
+    assert made.known_tactic("middle", 16) is not None
+    assert made.known_tactic("middle", 32) is None
 
 
 def test_tensorrt_found_fastest_is_prepared(tmp_path: Path) -> None:
