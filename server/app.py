@@ -15,7 +15,7 @@ from server.guard import Guard, api_error
 from server.metrics import Metrics
 from server.response_database import ResponseDatabase
 from server.response_store import ResponseMemory
-from server.routes import anthropic, chat, completions, health, models, responses, tgi, tokens
+from server.routes import anthropic, chat, completions, health, models, page, responses, tgi, tokens
 from server.service import Service
 from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
@@ -35,12 +35,18 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     store = ResponseMemory() if config.responses_db is None else ResponseDatabase(config.responses_db)
     app.state.service = Service(config, engine, tokenization, metrics, validator, store)
-    for routes in (chat, completions, responses, anthropic, models, health, tokens, tgi):
+    for routes in (chat, completions, responses, anthropic, models, health, tokens, tgi, page):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     cors = Cors(config.allowed_origins)
-    app.add_middleware(Guard, max_body_bytes=config.max_body_bytes, api_keys=config.api_keys, cors=cors)
+    app.add_middleware(
+        Guard,
+        max_body_bytes=config.max_body_bytes,
+        api_keys=config.api_keys,
+        cors=cors,
+        is_page_open=config.chat_page == "on",
+    )
     return app
 
 

@@ -168,6 +168,14 @@ class ServerConfig:
         group="server",
         metavar="ORIGIN[,ORIGIN]",
     )
+    chat_page: Literal["auto", "on", "off"] = _flag(
+        "auto",
+        _one_of("auto", "on", "off"),
+        "the chat page on /: on (for all, though what it calls may need a key), off, or auto (on, unless "
+        "keys are set)",
+        group="server",
+        metavar="WHO",
+    )
     responses_db: str | None = _flag(
         None,
         str,

@@ -51,8 +51,15 @@ class Guard:
       ``ApiError`` are logged with the request id and answered as a plain 500.
     """
 
-    def __init__(self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys, cors: Cors) -> None:
+    def __init__(
+        self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys, cors: Cors, is_page_open: bool = False
+    ) -> None:
+        """
+        Args:
+            is_page_open: GET / needs no key.
+        """
         self._app = app
+        self._is_page_open = is_page_open
         self._max_body_bytes = max_body_bytes
         self._api_keys = api_keys
         self._cors = cors
@@ -96,7 +103,7 @@ class Guard:
             await _send_whole(204, preflight, b"", marked_send)
             return
         try:
-            cache_scope.set(self._authenticate(scope["path"], headers))
+            cache_scope.set(self._authenticate(scope["method"], scope["path"], headers))
             self._check(headers)
             await self._app(scope, limited_receive, marked_send)
         except ClientDisconnect:
@@ -112,8 +119,10 @@ class Guard:
                 raise
             await send_error(api_error(error, request_id, scope["path"]), marked_send)
 
-    def _authenticate(self, path: str, headers: dict[bytes, bytes]) -> str | None:
+    def _authenticate(self, method: str, path: str, headers: dict[bytes, bytes]) -> str | None:
         if not self._api_keys or path in _OPEN_PATHS:
+            return None
+        if self._is_page_open and path == "/" and method in ("GET", "HEAD"):
             return None
         name = self._api_keys.name_of(headers)
         if name is None:
