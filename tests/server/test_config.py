@@ -43,6 +43,7 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "responses_db": ("/data/responses.db", "/data/responses.db"),
         "max_body_bytes": ("1MiB", 2**20),
         "metrics_prefix": ("vllm:", "vllm"),
+        "chat_page": ("off", "off"),
         "shutdown_timeout": ("3", 3),
         "log_level": ("debug", "debug"),
         "kv_cache_bytes": ("2G", 2 * 10**9),
