@@ -16,24 +16,33 @@ from server.detokenizer import IncrementalDetokenizer
 from server.engine_protocol import EngineClient
 from server.engine_streams import EngineStreams
 from server.metrics import Metrics, RequestTimer
+from server.parsing.output_parser import OutputParser
 from server.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a call cost, in tokens. A prompt counts once, however many choices answer it."""
+    """What a call cost, in tokens. A prompt counts once, however many choices answer it.
+
+    Attributes:
+        reasoning_tokens: None if the model does not think aloud.
+    """
 
     prompt_tokens: int
     completion_tokens: int
     cached_tokens: int
+    reasoning_tokens: int | None = None
 
     def as_json(self) -> dict[str, Any]:
-        return {
+        shown: dict[str, Any] = {
             "prompt_tokens": self.prompt_tokens,
             "completion_tokens": self.completion_tokens,
             "total_tokens": self.prompt_tokens + self.completion_tokens,
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
+        if self.reasoning_tokens is not None:
+            shown["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
+        return shown
 
 
 class AnswerForm(Protocol):
@@ -72,6 +81,9 @@ class Answer:
         call = call.scoped(cache_scope.get())
         self._call = call
         self._form = form
+        syntax = call.syntax
+        # Control tokens that set off calls and reasoning are for the parser, which takes them out.
+        shown = frozenset[int]() if syntax is None else tokenizer.control_token_ids(syntax.markers)
         self._streams = EngineStreams(engine, call.requests)
         self._choices = [
             Choice(
@@ -82,10 +94,12 @@ class Answer:
                     # The text of a completion goes on where its prompt ends; a chat's begins anew.
                     request.prompt_token_ids if call.continues_prompt else (),
                     skip_special_tokens=call.skip_special_tokens,
+                    shown=shown,
                     stop=call.stop,
                     include_stop=call.include_stop,
                 ),
                 RequestTimer(metrics, request),
+                None if syntax is None else OutputParser(syntax),
             )
             for index, request in enumerate(call.requests)
         ]
@@ -157,4 +171,9 @@ class Answer:
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self._call.prompts),
             completion_tokens=sum(choice.num_tokens for choice in self._choices),
             cached_tokens=sum(choice.num_cached_tokens for choice in first_choices),
+            reasoning_tokens=(
+                None
+                if self._call.syntax is None or self._call.syntax.reasoning is None
+                else sum(choice.num_reasoning_tokens for choice in self._choices)
+            ),
         )

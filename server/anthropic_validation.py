@@ -48,7 +48,8 @@ async def messages_call(wire: MessagesRequest, validator: Validator) -> Call:
 async def count_tokens(wire: PromptFields, validator: Validator) -> int:
     """Tokens of the prompt that a request would have, whether or not they fit. Raises ApiError."""
     chat = chat_request(_prompt_fields(wire))
-    return len(await validator.chat_prompt(chat, MAX_PROMPT_TOKENS, "messages"))
+    prompt = await validator.chat_prompt(chat, MAX_PROMPT_TOKENS, "messages")
+    return len(prompt.token_ids)
 
 
 def _prompt_fields(wire: PromptFields) -> dict[str, Any]:

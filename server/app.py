@@ -13,6 +13,7 @@ from server.engine_protocol import EngineClient
 from server.errors import ApiError, MethodNotAllowedError, UnknownUrlError, excerpt
 from server.guard import Guard, api_error
 from server.metrics import Metrics
+from server.model_formats import model_formats
 from server.response_database import ResponseDatabase
 from server.response_store import ResponseMemory
 from server.routes import anthropic, chat, completions, health, models, page, responses, tgi, tokens
@@ -30,7 +31,10 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
     """
     tokenization = Tokenization(tokenizer)
     metrics = Metrics(config.metrics_prefix, config.served_model_names[0], engine)
-    validator = Validator(engine, tokenization, config.served_model_names, metrics.count_unknown_field)
+    formats = model_formats(tokenizer.chat_template, config.tool_call_parser, config.reasoning_parser)
+    validator = Validator(
+        engine, tokenization, config.served_model_names, metrics.count_unknown_field, formats
+    )
     # No documentation pages: they load scripts from elsewhere.
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     store = ResponseMemory() if config.responses_db is None else ResponseDatabase(config.responses_db)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from scheduler.messages import Request
+from server.parsing.output_parser import OutputSyntax
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +28,8 @@ class Call:
         num_logprobs: alternatives shown with each token; None shows nothing.
         continues_prompt: whether the text goes on where the prompt ends, rather than begins anew.
         echo: whether the answer begins with its prompt.
+        syntax: how the answers of a chat are taken apart into content, reasoning and calls of tools; None
+            leaves them whole.
         is_scoring: whether only the prompt is wanted; the one token that the engine must generate is dropped.
     """
 
@@ -45,6 +48,7 @@ class Call:
     continues_prompt: bool = False
     echo: bool = False
     is_scoring: bool = False
+    syntax: OutputSyntax | None = None
 
     def prompt_of(self, index: int) -> Prompt:
         """The prompt that a choice answers."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import msgspec
 
@@ -10,6 +11,15 @@ from server.answer import Usage
 from server.call import Call
 from server.choice import Choice
 from server.logprobs import chat_logprobs
+from server.parsing.deltas import (
+    ContentDelta,
+    Delta,
+    ReasoningDelta,
+    ToolCallArguments,
+    ToolCallEnd,
+    ToolCallStart,
+    collected,
+)
 from server.sse import DONE
 from server.tokenizer import Tokenizer
 
@@ -47,6 +57,8 @@ class ChatForm:
         )
 
     def piece(self, choice: Choice, text: str) -> bytes:
+        if self._call.syntax is not None:
+            return self._parsed(choice)
         if self._call.num_logprobs is None:
             return self._before[choice.index] + _encode(text) + self._after
         return b"".join(
@@ -61,10 +73,12 @@ class ChatForm:
         )
 
     def last(self, choice: Choice) -> bytes:
+        parsed = b"" if self._call.syntax is None else self._parsed(choice)
         # Tokens without text, such as the stop token, may have left logprobs over.
         logprobs = b"null" if not choice.logprobs else self._logprobs(choice)
         return b"".join(
             (
+                parsed,
                 self._head,
                 b'{"index":%d,"delta":{},"logprobs":' % choice.index,
                 logprobs,
@@ -92,7 +106,7 @@ class ChatForm:
                 "choices": [
                     {
                         "index": choice.index,
-                        "message": {"role": "assistant", "content": choice.text, "refusal": None},
+                        "message": {"role": "assistant", **self._message(choice)},
                         "logprobs": msgspec.Raw(self._logprobs(choice)) if has_logprobs else None,
                         "finish_reason": choice.finish_reason,
                     }
@@ -103,7 +117,68 @@ class ChatForm:
             }
         )
 
+    def _parsed(self, choice: Choice) -> bytes:
+        """A chunk for each delta; the first has the logprobs of all tokens since the last chunk."""
+        chunks: list[bytes] = []
+        for delta in choice.take_deltas():
+            if (shown := _shown(delta)) is None:
+                continue
+            has_logprobs = self._call.num_logprobs is not None and choice.logprobs
+            chunks += (
+                self._head,
+                b'{"index":%d,"delta":' % choice.index,
+                _encode(shown),
+                b',"logprobs":',
+                self._logprobs(choice) if has_logprobs else b"null",
+                b',"finish_reason":null}',
+                self._tail,
+            )
+        return b"".join(chunks)
+
+    def _message(self, choice: Choice) -> dict[str, Any]:
+        syntax = self._call.syntax
+        if syntax is None:
+            return {"content": choice.text, "refusal": None}
+        parsed = collected(choice.take_deltas())
+        content = parsed.content
+        if content is None and parsed.reasoning is None and not parsed.tool_calls:
+            content = ""
+        message: dict[str, Any] = {"content": content, "refusal": None}
+        if syntax.reasoning is not None:
+            message |= _reasoning(parsed.reasoning)
+        if parsed.tool_calls:
+            message["tool_calls"] = [
+                {
+                    "id": each.id,
+                    "type": "function",
+                    "function": {"name": each.name, "arguments": each.arguments},
+                }
+                for each in parsed.tool_calls
+            ]
+        return message
+
     def _logprobs(self, choice: Choice) -> bytes:
         num_top = self._call.num_logprobs or 0
         content = chat_logprobs(choice.take_logprobs(), num_top, self._tokenizer)
         return _encode({"content": content, "refusal": None})
+
+
+def _shown(delta: Delta) -> dict[str, Any] | None:
+    """A delta in OpenAI's form; None if there is nothing to show."""
+    match delta:
+        case ContentDelta(text):
+            return {"content": text}
+        case ReasoningDelta(text):
+            return _reasoning(text)
+        case ToolCallStart(index, name, call_id):
+            function = {"name": name, "arguments": ""}
+            return {"tool_calls": [{"index": index, "id": call_id, "type": "function", "function": function}]}
+        case ToolCallArguments(index, text):
+            return {"tool_calls": [{"index": index, "function": {"arguments": text}}]}
+        case ToolCallEnd():
+            return None
+
+
+def _reasoning(text: str | None) -> dict[str, Any]:
+    """Under vLLM's old name, which most clients read, and its new one."""
+    return {"reasoning_content": text, "reasoning": text}

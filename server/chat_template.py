@@ -27,6 +27,8 @@ MAX_RENDERED_CHARS = 64 * 2**20
 MAX_TEMPLATE_CHARS = 2**20
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _PROBE = "inflightd-probe"
+# Private-use letters, so that no template trims them off.
+_END_OF_FINAL = "\U000f1f1dend\U000f1f1d"
 
 
 class ChatTemplateError(Exception):
@@ -111,6 +113,8 @@ class ChatTemplate:
     """The chat template of a model.
 
     Attributes:
+        source: Jinja source of the template that is used without tools.
+        source_with_tools: the one that is used with tools; maybe the same.
         variables: names that the template reads besides what every template is given, such as
             ``enable_thinking``.
     """
@@ -134,6 +138,8 @@ class ChatTemplate:
                 f"The model has several chat templates ({', '.join(sorted(sources))}) but no 'default'."
             )
         environment = _environment()
+        self.source = sources["default"]
+        self.source_with_tools = sources.get("tool_use", self.source)
         self._special_tokens = dict(special_tokens or {})
         self._templates: dict[str, jinja2.Template] = {}
         names: set[str] = set()
@@ -158,6 +164,7 @@ class ChatTemplate:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continues_final: bool = False,
         **variables: Any,
     ) -> str:
         """The conversation as text.
@@ -171,6 +178,7 @@ class ChatTemplate:
             messages: plain JSON values; content is a string, a list of ``{"type": "text", "text": ...}``,
                 or None.
             add_generation_prompt: end with the opening of the assistant's answer.
+            continues_final: end where the text of the last message ends, so that an answer goes on with it.
             variables: see ``variables``.
 
         Raises:
@@ -179,6 +187,17 @@ class ChatTemplate:
         """
         if not messages:
             raise ChatTemplateError("'messages' is empty: send at least one message.")
+        if continues_final:
+            *before, last = messages
+            if not isinstance(last.get("content"), str):
+                raise ChatTemplateError("The last message has no text that an answer could go on with.")
+            marked = [*before, {**last, "content": last["content"] + _END_OF_FINAL}]
+            text, found, _ = self.render(
+                marked, tools=tools, add_generation_prompt=False, **variables
+            ).rpartition(_END_OF_FINAL)
+            if not found:
+                raise ChatTemplateError("The model's chat template leaves out the text of the last message.")
+            return text
         reads_strings, reads_parts = self._content_forms
         adapted = [_adapted(message, reads_strings, reads_parts) for message in messages]
         try:
@@ -224,6 +243,25 @@ class ChatTemplate:
         return "".join(pieces)
 
     @cached_property
+    def takes_tools(self) -> bool:
+        """Whether the template tells the model of the tools that it is given."""
+        function = {"name": _PROBE, "description": "", "parameters": {"type": "object", "properties": {}}}
+        tools = [{"type": "function", "function": function}]
+        try:
+            return _PROBE in self.render([{"role": "user", "content": "Hi"}], tools=tools)
+        except ChatTemplateError:
+            return False
+
+    @cached_property
+    def takes_system_messages(self) -> bool:
+        """Whether the template writes out what the system says."""
+        messages = [{"role": "system", "content": _PROBE}, {"role": "user", "content": "Hi"}]
+        try:
+            return _PROBE in self.render(messages)
+        except ChatTemplateError:
+            return False
+
+    @cached_property
     def _content_forms(self) -> tuple[bool, bool]:
         """Whether the template writes out content that is a string, and content that is a list of text
         parts.
@@ -256,9 +294,15 @@ def _adapted(message: Mapping[str, Any], reads_strings: bool, reads_parts: bool)
         )
     elif isinstance(content, str) and not reads_strings:
         adapted["content"] = [{"type": "text", "text": content}]
-    if isinstance(calls := adapted.get("tool_calls"), list):
-        adapted["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
-    return adapted
+    return with_parsed_calls(adapted)
+
+
+def with_parsed_calls(message: Mapping[str, Any]) -> dict[str, Any]:
+    """A message in which the arguments of tool calls are objects, not JSON text."""
+    parsed = dict(message)
+    if isinstance(calls := parsed.get("tool_calls"), list):
+        parsed["tool_calls"] = [_with_parsed_arguments(call) for call in calls]
+    return parsed
 
 
 def _with_parsed_arguments(call: Any) -> Any:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 
 from scheduler.messages import EngineOutput, FinishReason, Request, TokenLogprobs
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import InternalError
 from server.metrics import RequestTimer
+from server.parsing.deltas import Delta
+from server.parsing.output_parser import OutputParser
 
 _log = logging.getLogger(__name__)
 
@@ -21,18 +24,29 @@ class Choice:
         num_cached_tokens: prompt tokens that came from the prefix cache.
         logprobs: of the tokens since the last ``take_logprobs``.
         prompt_logprobs: of the prompt's tokens but the first, once they have come.
-        finish_reason: ``stop`` or ``length`` once the answer is complete, else None.
+        num_reasoning_tokens: generated tokens with which the model thought, the borders included.
+        finish_reason: ``stop``, ``length`` or, if it stopped and called tools, ``tool_calls`` once the answer
+            is complete, else None.
     """
 
     __slots__ = (
-        "_detokenizer", "_request", "_timer", "finish_reason", "index", "logprobs", "num_cached_tokens",
-        "num_tokens", "prompt_logprobs",
+        "_deltas", "_detokenizer", "_parser", "_request", "_timer", "finish_reason", "index", "logprobs",
+        "num_cached_tokens", "num_reasoning_tokens", "num_tokens", "prompt_logprobs",
     )  # fmt: skip
 
     def __init__(
-        self, index: int, request: Request, detokenizer: IncrementalDetokenizer, timer: RequestTimer
+        self,
+        index: int,
+        request: Request,
+        detokenizer: IncrementalDetokenizer,
+        timer: RequestTimer,
+        parser: OutputParser | None = None,
     ) -> None:
+        """``parser`` takes the text apart, for ``take_deltas``; None leaves it as it is."""
         self.index = index
+        self._parser = parser
+        self._deltas: list[Delta] = []
+        self.num_reasoning_tokens = 0
         self._request = request
         self._detokenizer = detokenizer
         self._timer = timer
@@ -53,11 +67,11 @@ class Choice:
         detokenizer = self._detokenizer
         if reason is FinishReason.STOP:
             # The stop token ends the answer and is no part of it.
-            text = detokenizer.push(token_ids[:-1])
+            text = self._push(token_ids[:-1])
             if detokenizer.stopped_by is None:
-                text += detokenizer.finish()
+                text += self._rest()
         else:
-            text = detokenizer.push(token_ids)
+            text = self._push(token_ids)
         num_taken = len(token_ids)
         if detokenizer.stopped_by is not None:
             self.finish_reason = "stop"
@@ -69,8 +83,12 @@ class Choice:
                 _log.error("request %s: %s: %s", self._request.request_id, reason.value, output.error)
                 raise InternalError
             if reason is FinishReason.LENGTH:
-                text += detokenizer.finish()
+                text += self._rest()
             self.finish_reason = reason.value if detokenizer.stopped_by is None else "stop"
+        if self._parser is not None and self.finish_reason is not None:
+            self._deltas += self._parser.finish()
+            if self._parser.num_calls and self.finish_reason == "stop":
+                self.finish_reason = "tool_calls"
         self.num_tokens += num_taken
         self.num_cached_tokens = output.num_cached_tokens or self.num_cached_tokens
         if output.logprobs is not None:
@@ -78,6 +96,31 @@ class Choice:
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         return text
+
+    def _push(self, token_ids: Sequence[int]) -> str:
+        detokenizer, parser = self._detokenizer, self._parser
+        if parser is None:
+            return detokenizer.push(token_ids)
+        pieces = []
+        for token_id in token_ids:  # one by one, since each counts as reasoning or not
+            pieces.append(piece := detokenizer.push((token_id,)))
+            was_reasoning = parser.is_reasoning
+            self._deltas += parser.push(piece)
+            self.num_reasoning_tokens += was_reasoning or parser.is_reasoning
+            if detokenizer.stopped_by is not None:
+                break
+        return "".join(pieces)
+
+    def _rest(self) -> str:
+        rest = self._detokenizer.finish()
+        if self._parser is not None:
+            self._deltas += self._parser.push(rest)
+        return rest
+
+    def take_deltas(self) -> list[Delta]:
+        """What the parser found since the last call."""
+        taken, self._deltas = self._deltas, []
+        return taken
 
     def take_logprobs(self) -> list[TokenLogprobs]:
         """The logprobs of the tokens since the last call."""

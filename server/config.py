@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from server.api_keys import ApiKey, ApiKeys, parse_api_keys, read_api_keys
 from server.cors import parse_origins
+from server.parsing.formats import AUTO, REASONING_PARSERS, TOOL_PARSERS
 from server.tgi_environment import explain_tgi, tgi_settings
 
 ENVIRONMENT_PREFIX = "INFLIGHTD_"
@@ -140,6 +141,22 @@ class ServerConfig:
         "longest prompt and answer together, in tokens (default: the model's own limit)",
         group="model",
         metavar="TOKENS",
+    )
+    tool_call_parser: str = _flag(
+        AUTO,
+        _one_of(*TOOL_PARSERS),
+        f"how the model writes calls of tools: {', '.join(TOOL_PARSERS)}; auto finds it in the chat "
+        "template, none leaves calls in the text",
+        group="model",
+        metavar="NAME",
+    )
+    reasoning_parser: str = _flag(
+        AUTO,
+        _one_of(*REASONING_PARSERS),
+        f"how the model sets its reasoning off: {', '.join(REASONING_PARSERS)}; auto finds it in the chat "
+        "template, none leaves it in the text",
+        group="model",
+        metavar="NAME",
     )
 
     host: str = _flag("127.0.0.1", str, "address to listen on", group="server")

@@ -28,6 +28,7 @@ class IncrementalDetokenizer:
         prompt_token_ids: Sequence[int] = (),
         *,
         skip_special_tokens: bool = True,
+        shown: frozenset[int] = frozenset(),
         stop: Sequence[str] = (),
         include_stop: bool = False,
     ) -> None:
@@ -35,17 +36,17 @@ class IncrementalDetokenizer:
         Args:
             prompt_token_ids: the text before, if any: a word after it keeps the space that it would lose at
                 the start of a text.
-            skip_special_tokens: leave control tokens out of the text.
+            skip_special_tokens: leave control tokens out of the text, but for those in ``shown``.
             stop: strings that end the text, none of them empty.
             include_stop: whether the text ends with the stop string or before it.
         """
-        self._table = tokenizer.token_bytes_table(skip_special_tokens=skip_special_tokens)
+        self._table = tokenizer.token_bytes_table(skip_special_tokens=skip_special_tokens, shown=shown)
         self._leading_space = self._table.leading_space
         if self._leading_space is not LeadingSpace.KEPT and any(
             self._table[token] for token in prompt_token_ids
         ):
             self._leading_space = LeadingSpace.KEPT
-        self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        self._hidden = tokenizer.special_token_ids - shown if skip_special_tokens else frozenset[int]()
         self._matcher = StopStringMatcher(stop) if stop else None
         self._include_stop = include_stop
         self._bytes = b""  # the start of a character

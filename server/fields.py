@@ -12,10 +12,10 @@ from typing import Any
 from server.anthropic_protocol import CountTokensRequest, MessagesRequest, TextBlock
 from server.errors import UnsupportedParameterError
 from server.protocol import (
+    AssistantMessage,
     ChatCompletionRequest,
     CompletionRequest,
     GenerateParameters,
-    Message,
     ModelFields,
     SamplingFields,
     StreamOptions,
@@ -60,26 +60,19 @@ _UNSUPPORTED_BY_MESSAGES: Mapping[str, tuple[Any, ...]] = {
 _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
     ChatCompletionRequest: {
         **_UNSUPPORTED_ANYWHERE,
-        "tools": ([],),
-        "tool_choice": ("none",),
         "functions": ([],),
         "function_call": ("none",),
         "modalities": (["text"],),
         "audio": (),
         "prediction": (),
-        "reasoning_effort": (),
         "verbosity": ("medium",),
         "web_search_options": (),
         "best_of": (1,),
         "echo": (False,),
-        "add_generation_prompt": (True,),
-        "continue_final_message": (False,),
         "add_special_tokens": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
         "documents": ([],),
         "mm_processor_kwargs": ({},),
-        "include_reasoning": (True,),
     },
     CompletionRequest: {
         **_UNSUPPORTED_ANYWHERE,
@@ -88,11 +81,8 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "add_special_tokens": (True,),
     },
     TokenizeChatRequest: {
-        "tools": ([],),
         "add_special_tokens": (False,),
-        "continue_final_message": (False,),
         "chat_template": (),
-        "chat_template_kwargs": ({},),
         "mm_processor_kwargs": ({},),
     },
     GenerateParameters: {
@@ -103,14 +93,7 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "adapter_id": (),
     },
     StreamOptions: {"continuous_usage_stats": (False,)},
-    Message: {
-        "tool_calls": ([],),
-        "function_call": (),
-        "tool_call_id": (),
-        "audio": (),
-        "refusal": (),
-        "reasoning_content": ("",),
-    },
+    AssistantMessage: {"function_call": (), "audio": ()},
     MessagesRequest: {
         **_UNSUPPORTED_BY_MESSAGES,
         "service_tier": ("auto", "standard_only"),
@@ -140,7 +123,7 @@ _IGNORED = frozenset(
         "prompt_cache_options",
         "prompt_cache_retention",
         "safety_identifier",
-        "parallel_tool_calls",
+        "refusal",
         "request_id",
         "include_obfuscation",
         "cache_control",

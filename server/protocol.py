@@ -23,6 +23,8 @@ MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 256
 MAX_MESSAGES = 16_384
+MAX_TOOLS = 128
+MAX_TOOL_NAME_CHARS = 64
 
 INT64_MAX = 2**63 - 1
 INT32_MAX = 2**31 - 1
@@ -89,14 +91,93 @@ class TextPart(WireModel):
     text: str
 
 
+_Content = Annotated[
+    Annotated[str, Tag("<one>")]
+    | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<many>")],
+    Discriminator(tag_of_text, **expected("a string or an array of text parts")),
+]
+
+
 class Message(WireModel):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[
-        Annotated[str, Tag("<one>")]
-        | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<many>")],
-        Discriminator(tag_of_text, **expected("a string or an array of text parts")),
-    ]
+    """What the system or the user says. Other roles have models of their own, below."""
+
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: _Content
     name: str | None = None
+
+
+class CalledFunction(WireModel):
+    name: Annotated[str, Field(min_length=1, max_length=MAX_TOOL_NAME_CHARS)]
+    arguments: str
+
+
+class ToolCallParam(WireModel):
+    id: Annotated[str, Field(max_length=256)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class AssistantMessage(WireModel):
+    role: Literal["assistant"]
+    content: _Content | None = None
+    name: str | None = None
+    reasoning_content: str | None = None
+    reasoning: str | None = None
+    tool_calls: Annotated[list[ToolCallParam], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+
+
+class ToolMessage(WireModel):
+    """What a call resulted in."""
+
+    role: Literal["tool"]
+    content: _Content
+    tool_call_id: Annotated[str, Field(max_length=256)]
+    name: str | None = None
+
+
+def _tag_of_message(value: Any) -> str:
+    role = value.get("role") if isinstance(value, dict) else getattr(value, "role", None)
+    return f"<{role}>" if role in ("assistant", "tool") else "<other>"
+
+
+_Messages = Annotated[
+    list[
+        Annotated[
+            Annotated[Message, Tag("<other>")]
+            | Annotated[AssistantMessage, Tag("<assistant>")]
+            | Annotated[ToolMessage, Tag("<tool>")],
+            Discriminator(_tag_of_message),
+        ]
+    ],
+    Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+]
+
+
+class FunctionTool(WireModel):
+    name: Annotated[str, Field(max_length=MAX_TOOL_NAME_CHARS, pattern=r"^[a-zA-Z0-9_.-]+$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class Tool(WireModel):
+    type: Literal["function"]
+    function: FunctionTool
+
+
+class NamedFunction(WireModel):
+    name: str
+
+
+class NamedToolChoice(WireModel):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+def _tag_of_choice(value: Any) -> str | None:
+    if isinstance(value, str):
+        return "<mode>"
+    return "<named>" if isinstance(value, dict | NamedToolChoice) else None
 
 
 class StreamOptions(WireModel):
@@ -107,6 +188,27 @@ class ModelFields(WireModel):
     """A body that may name the model it is for."""
 
     model: str | None = None
+
+
+class ChatPromptFields(ModelFields):
+    """What becomes the prompt of a chat."""
+
+    messages: _Messages
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS, fail_fast=True)] | None = None
+    tool_choice: (
+        Annotated[
+            Annotated[Literal["none", "auto", "required"], Tag("<mode>")]
+            | Annotated[NamedToolChoice, Tag("<named>")],
+            Discriminator(_tag_of_choice, **expected("a string or an object")),
+        ]
+        | None
+    ) = None
+    parallel_tool_calls: bool | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    include_reasoning: bool | None = None
 
 
 class SamplingFields(ModelFields):
@@ -148,8 +250,7 @@ class SamplingFields(ModelFields):
     user: str | None = None
 
 
-class ChatCompletionRequest(SamplingFields):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+class ChatCompletionRequest(ChatPromptFields, SamplingFields):
     max_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     logprobs: bool | None = None
@@ -178,9 +279,7 @@ class TokenizeCompletionRequest(ModelFields):
     return_token_strs: bool | None = None
 
 
-class TokenizeChatRequest(ModelFields):
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    add_generation_prompt: bool | None = None
+class TokenizeChatRequest(ChatPromptFields):
     return_token_strs: bool | None = None
 
 

@@ -74,7 +74,8 @@ async def count_input_tokens(
 ) -> int:
     """Tokens of the prompt that a request would have, whether or not they fit. Raises ApiError."""
     chat, _ = await _chat(wire, store, owner)
-    return len(await validator.chat_prompt(chat, MAX_PROMPT_TOKENS, "input"))
+    prompt = await validator.chat_prompt(chat, MAX_PROMPT_TOKENS, "input")
+    return len(prompt.token_ids)
 
 
 async def _chat(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -52,24 +52,38 @@ class Tokenization:
         return await self._run(sum(map(len, texts)), work)
 
     async def encode_chat(
-        self, messages: Sequence[dict[str, Any]], limit: int, *, add_generation_prompt: bool = True
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        limit: int,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        continues_final: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Token ids of a conversation in the model's template, by default up to where its answer begins.
+
+        The arguments are those of ``ChatTemplate.render``.
 
         Raises:
             ChatTemplateError: the model has no template, or its template refuses the conversation.
             TextTooLongError, InvalidTextError: as ``encode``.
         """
 
-        num_chars = sum(len(message["content"]) for message in messages)
+        num_chars = _num_chars(messages) + _num_chars(tools)
+        options: dict[str, Any] = {
+            "tools": tools,
+            "add_generation_prompt": add_generation_prompt,
+            "continues_final": continues_final,
+            **(variables or {}),
+        }
 
         def work() -> list[int]:
             template = self.tokenizer.chat_template
             if template is not None and num_chars > limit:
                 # Written out twice, since templates may trim and drop what they are given.
-                text = template.render(messages, add_generation_prompt=add_generation_prompt)
-                self._refuse_far_too_long(text, limit)
-            return self.tokenizer.encode_chat(messages, add_generation_prompt=add_generation_prompt)
+                self._refuse_far_too_long(template.render(messages, **options), limit)
+            return self.tokenizer.encode_chat(messages, **options)
 
         return await self._run(num_chars, work)
 
@@ -90,3 +104,12 @@ class Tokenization:
     async def _run(self, num_chars: int, work: Callable[[], T]) -> T:
         lane = self._long if num_chars > _LONG_TEXT_CHARS else self._short
         return await asyncio.get_running_loop().run_in_executor(lane, work)
+
+
+def _num_chars(value: Any) -> int:
+    """Letters of all strings in a JSON value, but for the names in objects."""
+    if isinstance(value, str):
+        return len(value)
+    if isinstance(value, Mapping):
+        return sum(map(_num_chars, value.values()))
+    return sum(map(_num_chars, value)) if isinstance(value, list | tuple) else 0

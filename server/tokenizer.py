@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from server.chat_template import ChatTemplate, ChatTemplateError
+from server.chat_template import ChatTemplate, ChatTemplateError, with_parsed_calls
 from server.control_tokens import ControlTokenError, ControlTokens
 from server.token_bound import TokenBound
 from server.token_bytes import LeadingSpace, TokenBytes
@@ -59,7 +59,9 @@ class Tokenizer:
         self.special_token_ids = frozenset(special)
         self.vocab_size = max(spec.backend.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added), 0)
         self._bytes = TokenBytes(spec.backend)
-        self._visible_bytes = self._bytes.hiding(self.special_token_ids)
+        self._special_names = {token.content: token_id for token_id, token in special.items()}
+        # By the control tokens that are shown all the same; few sets are ever asked for.
+        self._visible_bytes = {frozenset[int](): self._bytes.hiding(self.special_token_ids)}
         self._control_tokens = ControlTokens(spec.backend)
         self.chat_template: ChatTemplate | None = None
         if spec.chat_templates:
@@ -91,6 +93,7 @@ class Tokenizer:
         *,
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continues_final: bool = False,
         **variables: Any,
     ) -> list[int]:
         """Token ids of a conversation, written out by the chat template.
@@ -100,6 +103,7 @@ class Tokenizer:
 
         Args:
             messages: plain JSON values, as in OpenAI's API.
+            continues_final: as for ``ChatTemplate.render``.
             variables: further names that the template reads (``ChatTemplate.variables``).
 
         Raises:
@@ -111,9 +115,15 @@ class Tokenizer:
                 "The model has no chat template: use /v1/completions, or serve a model that has one."
             )
         try:
+            # First of all, since JSON's escapes would hide control tokens from the shield.
+            messages = [with_parsed_calls(message) for message in messages]
             shield, (messages, tools, variables) = self._control_tokens.shield((messages, tools, variables))
             text = self.chat_template.render(
-                messages, tools=tools, add_generation_prompt=add_generation_prompt, **variables
+                messages,
+                tools=tools,
+                add_generation_prompt=add_generation_prompt,
+                continues_final=continues_final,
+                **variables,
             )
             if shield is None:
                 return self.encode(text, add_special_tokens=False)
@@ -155,9 +165,22 @@ class Tokenizer:
         """What the vocabulary calls a token, such as ``Ġthe``; nothing for an id that it lacks."""
         return self._backend.id_to_token(token_id) or ""
 
-    def token_bytes_table(self, *, skip_special_tokens: bool) -> TokenBytes:
-        """``token_bytes`` of all tokens; with ``skip_special_tokens``, control tokens have no bytes."""
-        return self._visible_bytes if skip_special_tokens else self._bytes
+    def control_token_ids(self, names: Iterable[str]) -> frozenset[int]:
+        """Those of the names that are control tokens of this model."""
+        return frozenset(self._special_names[name] for name in names if name in self._special_names)
+
+    def token_bytes_table(
+        self, *, skip_special_tokens: bool, shown: frozenset[int] = frozenset()
+    ) -> TokenBytes:
+        """``token_bytes`` of all tokens; with ``skip_special_tokens``, control tokens have no bytes, unless
+        they are among ``shown``.
+        """
+        if not skip_special_tokens:
+            return self._bytes
+        table = self._visible_bytes.get(shown)
+        if table is None:
+            table = self._visible_bytes[shown] = self._bytes.hiding(self.special_token_ids - shown)
+        return table
 
     def min_tokens_for(self, text: str) -> int:
         """A number of tokens that ``encode(text, add_special_tokens=False)`` certainly reaches; maybe 0.

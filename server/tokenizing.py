@@ -17,7 +17,7 @@ from server.protocol import (
 )
 from server.tokenization import TextTooLongError, Tokenization
 from server.tokenizer import InvalidTextError
-from server.validation import Validator, template_message
+from server.validation import Validator
 
 _encode = msgspec.json.Encoder().encode
 
@@ -43,11 +43,8 @@ class Tokenizing:
             if is_chat:
                 chat = await self._validator.parsed(TokenizeChatRequest, body, num_bytes)
                 with_names = bool(chat.return_token_strs)
-                token_ids = await self._tokenization.encode_chat(
-                    [template_message(message) for message in chat.messages],
-                    MAX_PROMPT_TOKENS,
-                    add_generation_prompt=chat.add_generation_prompt is not False,
-                )
+                prompt = await self._validator.chat_prompts.prompt_of(chat, MAX_PROMPT_TOKENS)
+                token_ids = list(prompt.token_ids)
             else:
                 text = await self._validator.parsed(TokenizeCompletionRequest, body, num_bytes)
                 with_names = bool(text.return_token_strs)

@@ -13,17 +13,20 @@ from pydantic import ValidationError
 
 from scheduler.messages import ExecutorSpec, Request, SamplingParams
 from server.call import Call, Prompt
+from server.chat_prompt import ChatPrompt, ChatPrompts
 from server.chat_template import ChatTemplateError
 from server.engine_protocol import EngineClient
 from server.errors import ContextLengthError, InvalidRequestError, ModelNotFoundError, excerpt
 from server.field_errors import invalid_field
 from server.fields import check_fields
 from server.json_body import OFF_LOOP_BYTES
+from server.model_formats import ModelFormats, model_formats
+from server.parsing.output_parser import OutputSyntax
 from server.protocol import (
     MAX_PROMPTS,
     ChatCompletionRequest,
+    ChatPromptFields,
     CompletionRequest,
-    Message,
     ModelFields,
     SamplingFields,
 )
@@ -47,11 +50,16 @@ class Validator:
         tokenization: Tokenization,
         served_model_names: Sequence[str],
         count_unknown: Callable[[str], None],
+        formats: ModelFormats | None = None,
     ) -> None:
+        """``formats`` are those of the model's answers; None finds them out from its chat template."""
         self._engine = engine
         self._tokenization = tokenization
         self._served_model_names = tuple(served_model_names)
         self._count_unknown = count_unknown
+        if formats is None:
+            formats = model_formats(tokenization.tokenizer.chat_template)
+        self.chat_prompts = ChatPrompts(tokenization, formats)
 
     async def chat(self, body: dict[str, Any], num_bytes: int) -> Call:
         """A call of ``/v1/chat/completions``. Raises ApiError."""
@@ -77,30 +85,30 @@ class Validator:
                 "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs", code="invalid_value"
             )
         spec = self._engine.spec
-        token_ids = await self.chat_prompt(wire, max_context(spec), prompt_name)
+        chat = await self.chat_prompt(wire, max_context(spec), prompt_name)
         if limit_name is None:
             limit_name = "max_tokens" if wire.max_completion_tokens is None else "max_completion_tokens"
         limit = wire.max_tokens if wire.max_completion_tokens is None else wire.max_completion_tokens
-        prompt = Prompt(tuple(token_ids))
-        max_tokens = _max_tokens(len(token_ids), limit, None, spec, prompt_name, limit_name)
+        max_tokens = _max_tokens(len(chat.token_ids), limit, None, spec, prompt_name, limit_name)
         return self._call(
             wire,
             arrival=arrival,
             id_prefix=id_prefix,
-            prompts=[prompt],
+            prompts=[Prompt(chat.token_ids)],
             max_tokens=[max_tokens],
             num_logprobs=(wire.top_logprobs or 0) if wire.logprobs else None,
+            continues_prompt=chat.continues_message,
+            syntax=chat.syntax,
         )
 
-    async def chat_prompt(self, wire: ChatCompletionRequest, limit: int, prompt_name: str) -> list[int]:
-        """Token ids of a chat up to where its answer begins, maybe a few more than ``limit``.
+    async def chat_prompt(self, wire: ChatPromptFields, limit: int, prompt_name: str) -> ChatPrompt:
+        """The prompt of a chat, maybe a few tokens longer than ``limit``.
 
         Raises:
             ApiError: there are certainly more than ``limit``, or the template refuses the chat.
         """
-        messages = [template_message(message) for message in wire.messages]
         try:
-            return await self._tokenization.encode_chat(messages, limit)
+            return await self.chat_prompts.prompt_of(wire, limit)
         except TextTooLongError as error:
             raise far_too_long(error, self._engine.spec, prompt_name) from None
         except (ChatTemplateError, InvalidTextError) as error:
@@ -154,6 +162,7 @@ class Validator:
             prompts=prompts,
             max_tokens=max_tokens,
             num_logprobs=wire.logprobs,
+            continues_prompt=True,
             echo=echo,
             is_scoring=is_scoring,
         )
@@ -241,6 +250,8 @@ class Validator:
         prompts: Sequence[Prompt],
         max_tokens: Sequence[int],
         num_logprobs: int | None,
+        continues_prompt: bool,
+        syntax: OutputSyntax | None = None,
         echo: bool = False,
         is_scoring: bool = False,
     ) -> Call:
@@ -287,9 +298,10 @@ class Validator:
             is_stream=bool(wire.stream),
             include_usage=wire.stream_options is not None and bool(wire.stream_options.include_usage),
             num_logprobs=num_logprobs,
-            continues_prompt=isinstance(wire, CompletionRequest),
+            continues_prompt=continues_prompt,
             echo=echo,
             is_scoring=is_scoring,
+            syntax=syntax,
         )
 
     def _shared_params(
@@ -337,18 +349,6 @@ def _logit_bias(wire: dict[str, float], vocab_size: int) -> tuple[tuple[int, flo
             )
         biases[token_id] = float(value)
     return tuple(biases.items())
-
-
-def template_message(message: Message) -> dict[str, Any]:
-    """A message as chat templates expect it. Text parts are put on lines of their own, as vLLM does."""
-    content = message.content
-    text = content if isinstance(content, str) else "\n".join(part.text for part in content)
-    # Templates know no developers; OpenAI's new word for the same thing.
-    role = "system" if message.role == "developer" else message.role
-    fields = {"role": role, "content": text}
-    if message.name is not None:
-        fields["name"] = message.name
-    return fields
 
 
 def max_context(spec: ExecutorSpec) -> int:

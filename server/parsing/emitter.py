@@ -27,10 +27,13 @@ class Emitter:
         is_reasoning: whether the model is thinking at the moment.
     """
 
-    def __init__(self, new_call_id: Callable[[], str], max_calls: int | None = None) -> None:
-        """Calls after the first ``max_calls`` are left out."""
+    def __init__(
+        self, new_call_id: Callable[[], str], max_calls: int | None = None, *, keeps_reasoning: bool = True
+    ) -> None:
+        """Calls after the first ``max_calls`` are left out, and without ``keeps_reasoning`` all reasoning."""
         self._new_call_id = new_call_id
         self._max_calls = max_calls
+        self._keeps_reasoning = keeps_reasoning
         self._deltas: list[Delta] = []
         self._kind: type[ContentDelta | ReasoningDelta | ToolCallArguments] = ContentDelta
         self._pieces: list[str] = []
@@ -44,7 +47,8 @@ class Emitter:
         self._text(ContentDelta, text)
 
     def reasoning(self, text: str) -> None:
-        self._text(ReasoningDelta, text)
+        if self._keeps_reasoning:
+            self._text(ReasoningDelta, text)
 
     def begin_reasoning(self) -> None:
         self._border()

@@ -100,5 +100,9 @@ MISTRAL_THINK = ReasoningFormat("mistral", "[THINK]", "[/THINK]")
 SEED_THINK = ReasoningFormat("seed", "<seed:think>", "</seed:think>")
 HARMONY_REASONING = ReasoningFormat("harmony", "<|channel|>analysis<|message|>", "<|end|>")
 
+AUTO, NONE = "auto", "none"
 TOOL_FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, PYTHONIC, DEEPSEEK, JSON, HARMONY)}
 REASONING_FORMATS = {each.name: each for each in (THINK, MISTRAL_THINK, SEED_THINK, HARMONY_REASONING)}
+# What the operator may say.
+TOOL_PARSERS = (AUTO, NONE, *TOOL_FORMATS)
+REASONING_PARSERS = (AUTO, NONE, *REASONING_FORMATS)

@@ -23,7 +23,9 @@ class OutputParser:
     def __init__(self, syntax: OutputSyntax) -> None:
         tools, reasoning = syntax.tools, syntax.reasoning
         self._text = TextInput()
-        self._out = Emitter((tools or JSON).new_call_id, syntax.max_calls)
+        self._out = Emitter(
+            (tools or JSON).new_call_id, syntax.max_calls, keeps_reasoning=syntax.keeps_reasoning
+        )
         parser: HarmonyParser | MarkupParser
         if tools is HARMONY or reasoning is HARMONY_REASONING:
             parser = HarmonyParser(has_tools=tools is not None)
@@ -31,6 +33,7 @@ class OutputParser:
             parser = MarkupParser(tools, reasoning, syntax.tool_names, is_reasoning=syntax.is_reasoning)
         self._steps = parser.parse(self._text, self._out)
         self._is_finished = False
+        next(self._steps)
 
     @property
     def num_calls(self) -> int:
@@ -69,6 +72,7 @@ class OutputSyntax:
         tool_names: the functions that may be called.
         max_calls: calls after so many are left out; None keeps all.
         is_reasoning: whether the prompt ends inside of the reasoning.
+        keeps_reasoning: False leaves the reasoning out of the deltas.
     """
 
     tools: ToolFormat | None = None
@@ -76,6 +80,7 @@ class OutputSyntax:
     tool_names: frozenset[str] = frozenset()
     max_calls: int | None = None
     is_reasoning: bool = False
+    keeps_reasoning: bool = True
 
     @property
     def markers(self) -> frozenset[str]:

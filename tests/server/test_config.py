@@ -35,6 +35,8 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "quantization": ("fp8", "fp8"),
         "kv_cache_dtype": ("fp8", "fp8"),
         "max_model_len": ("77", 77),
+        "tool_call_parser": ("hermes", "hermes"),
+        "reasoning_parser": ("none", "none"),
         "host": ("::1", "::1"),
         "port": ("0", 0),
         "api_key": ("k1, k2", (api_key("k1"), api_key("k2"))),

@@ -14,6 +14,16 @@ from tests.server.in_process_engine import ScriptedEngine, tokens
 _BIG = 10**30
 
 # (fields of a chat body, param, code)
+
+
+def _call(**fields: Any) -> dict[str, Any]:
+    return {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}} | fields
+
+
+def _tool(**fields: Any) -> dict[str, Any]:
+    return {"type": "function", "function": {"name": "f"} | fields}
+
+
 BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": None}, "messages", "invalid_type"),
     ({"messages": []}, "messages", "array_below_min_length"),
@@ -22,7 +32,70 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"messages": [{}]}, "messages[0].role", "missing_required_parameter"),
     ({"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
     ({"messages": [{"role": "king", "content": "x"}]}, "messages[0].role", "invalid_value"),
-    ({"messages": [{"role": "tool", "content": "x"}]}, "messages[0].role", "invalid_value"),
+    (
+        {"messages": [{"role": "tool", "content": "x"}]},
+        "messages[0].tool_call_id",
+        "missing_required_parameter",
+    ),
+    ({"messages": [{"role": "assistant"}]}, "messages[0].content", "missing_required_parameter"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": []}]},
+        "messages[0].content",
+        "missing_required_parameter",
+    ),
+    ({"messages": [{"role": "assistant", "content": 5}]}, "messages[0].content", "invalid_type"),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [_call(type="x")]}]},
+        "messages[0].tool_calls[0].type",
+        "invalid_value",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [_call(id=5)]}]},
+        "messages[0].tool_calls[0].id",
+        "invalid_type",
+    ),
+    (
+        {"messages": [{"role": "assistant", "tool_calls": [_call(function={"name": "f", "arguments": {}})]}]},
+        "messages[0].tool_calls[0].function.arguments",
+        "invalid_type",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": "x", "function_call": {}}]},
+        "messages[0].function_call",
+        "unsupported_parameter",
+    ),
+    ({"tools": {}}, "tools", "invalid_type"),
+    ({"tools": [{}]}, "tools[0].type", "missing_required_parameter"),
+    ({"tools": [{"type": "retrieval"}]}, "tools[0].type", "invalid_value"),
+    ({"tools": [{"type": "function"}]}, "tools[0].function", "missing_required_parameter"),
+    ({"tools": [_tool(name="a b")]}, "tools[0].function.name", "invalid_value"),
+    ({"tools": [_tool(name="a\n")]}, "tools[0].function.name", "invalid_value"),
+    ({"tools": [_tool(name="")]}, "tools[0].function.name", "invalid_value"),
+    ({"tools": [_tool(name="a" * 65)]}, "tools[0].function.name", "string_above_max_length"),
+    ({"tools": [_tool(parameters=[])]}, "tools[0].function.parameters", "invalid_type"),
+    ({"tools": [_tool(), _tool()]}, "tools[1].function.name", "invalid_value"),
+    ({"tools": [_tool()] * 10_000}, "tools", "array_above_max_length"),
+    ({"tool_choice": "required"}, "tool_choice", "invalid_value"),
+    ({"tool_choice": "any", "tools": [_tool()]}, "tool_choice", "invalid_value"),
+    ({"tool_choice": 5, "tools": [_tool()]}, "tool_choice", "invalid_type"),
+    (
+        {"tool_choice": {"type": "function", "function": {"name": "g"}}, "tools": [_tool()]},
+        "tool_choice",
+        "invalid_value",
+    ),
+    (
+        {"tool_choice": {"type": "function"}, "tools": [_tool()]},
+        "tool_choice.function",
+        "missing_required_parameter",
+    ),
+    ({"parallel_tool_calls": 1}, "parallel_tool_calls", "invalid_type"),
+    ({"chat_template_kwargs": []}, "chat_template_kwargs", "invalid_type"),
+    (
+        {"continue_final_message": True, "add_generation_prompt": True},
+        "continue_final_message",
+        "invalid_value",
+    ),
+    ({"reasoning_effort": "huge"}, "reasoning_effort", "invalid_value"),
     ({"messages": [{"role": "user", "content": None}]}, "messages[0].content", "invalid_type"),
     ({"messages": [{"role": "user", "content": 5}]}, "messages[0].content", "invalid_type"),
     ({"messages": [{"role": "user", "content": []}]}, "messages[0].content", "array_below_min_length"),
@@ -40,11 +113,6 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
         },
         "messages[0].content[0].type",
         "unsupported_content_type",
-    ),
-    (
-        {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{"id": "1"}]}]},
-        "messages[0].tool_calls",
-        "unsupported_parameter",
     ),
     ({"messages": [{"role": "user", "content": "x"}] * 20_000}, "messages", "array_above_max_length"),
     ({"model": 5}, "model", "invalid_type"),
@@ -119,9 +187,6 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
 ]
 
 UNSUPPORTED_CHAT_FIELDS: list[tuple[str, Any, list[Any]]] = [
-    ("tools", [{"type": "function"}], [None, []]),
-    ("tool_choice", "required", [None, "none"]),
-    ("tool_choice", "auto", [None]),
     ("functions", [{}], [None, []]),
     ("function_call", "auto", [None, "none"]),
     ("response_format", {"type": "json_object"}, [None, {"type": "text"}]),
@@ -136,15 +201,14 @@ UNSUPPORTED_CHAT_FIELDS: list[tuple[str, Any, list[Any]]] = [
     ("web_search_options", {}, [None]),
     ("prompt_logprobs", 1, [None]),
     ("chat_template", "{{ 1 }}", [None]),
-    ("chat_template_kwargs", {"tokenize": True}, [None, {}]),
+    ("chat_template_kwargs", {"tokenize": True}, [None, {}, {"enable_thinking": False}]),
+    ("chat_template_kwargs", {"messages": []}, [None]),
     ("use_beam_search", True, [None, False]),
     ("truncate_prompt_tokens", 5, [None]),
     ("allowed_token_ids", [1], [None]),
     ("reasoning_effort", "high", [None]),
     ("prediction", {"type": "content"}, [None]),
     ("service_tier", "priority", [None, "auto", "default"]),
-    ("add_generation_prompt", False, [None, True]),
-    ("continue_final_message", True, [None, False]),
 ]
 
 

@@ -65,7 +65,7 @@ async def test_a_chat_counts_what_its_completion_costs(tokenizer: Tokenizer) -> 
         ("/tokenize", {"prompt": "a", "add_special_tokens": 1}, "add_special_tokens", "invalid_type"),
         ("/tokenize", {"prompt": "a", "messages": []}, "messages", "invalid_value"),
         ("/tokenize", {"messages": []}, "messages", "array_below_min_length"),
-        ("/tokenize", chat(tools=[{}]), "tools", "unsupported_parameter"),
+        ("/tokenize", chat(tools=[{}]), "tools[0].type", "missing_required_parameter"),
         ("/tokenize", {"messages": [{"role": "user"}]}, "messages[0].content", "missing_required_parameter"),
         ("/tokenize", {"prompt": "x" * 20_000_000}, "prompt", "context_length_exceeded"),
         ("/detokenize", {}, "tokens", "missing_required_parameter"),

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterable
 
 import pytest
@@ -20,6 +19,7 @@ from server.parsing.deltas import (
 )
 from server.parsing.formats import HERMES, MISTRAL, THINK, TOOL_FORMATS
 from server.parsing.output_parser import OutputParser, OutputSyntax
+from server.parsing.text_input import TextInput
 from server.tokenizer import Tokenizer
 from tests.server.parsing.answers import ANSWERS, NAMES, PARIS, Answer
 
@@ -166,15 +166,26 @@ def test_ids_are_new_and_in_the_form_that_templates_take() -> None:
     "unit",
     ["<tool_call>{", '<tool_call>{"a": "', "[", '{"arguments": ', "[TOOL_CALLS][", " \n", "f(a=[", "<"],
 )
-def test_the_time_is_linear_in_the_text(name: str, unit: str) -> None:
-    syntax = OutputSyntax(TOOL_FORMATS[name], THINK, NAMES)
+def test_the_work_is_linear_in_the_text(name: str, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    num_handled = 0
+    feed, take = TextInput.feed, TextInput._take
 
-    def seconds(num_chars: int) -> float:
-        text = unit * (num_chars // len(unit))
-        began = time.process_time()
-        _deltas(syntax, (text[at : at + 4] for at in range(0, len(text), 4)))
-        return time.process_time() - began
+    def counted_feed(self: TextInput, text: str) -> None:
+        nonlocal num_handled
+        feed(self, text)
+        num_handled += len(self._text)
 
-    # 16 times the text in at most 80 times the time; were it quadratic, it would be 256 times.
-    short = max(min(seconds(1_500) for _ in range(2)), 0.0005)
-    assert seconds(24_000) < 80 * short
+    def counted_take(self: TextInput, end: int) -> str:
+        nonlocal num_handled
+        piece = take(self, end)
+        num_handled += len(piece)
+        return piece
+
+    monkeypatch.setattr(TextInput, "feed", counted_feed)
+    monkeypatch.setattr(TextInput, "_take", counted_take)
+    text = unit * (20_000 // len(unit))
+    _deltas(
+        OutputSyntax(TOOL_FORMATS[name], THINK, NAMES), (text[at : at + 4] for at in range(0, len(text), 4))
+    )
+    # Each letter is fed and taken twice at most, and a marker's letters are held for a few pieces.
+    assert num_handled < 12 * len(text)
