@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import Literal
 
 
 class FinishReason(StrEnum):
@@ -23,7 +24,7 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token of one sequence is chosen. Already validated; contains no text.
+    """How the next token of one sequence is chosen, and what is told beside it. Already validated; no text.
 
     Attributes:
         temperature: 0 selects the most likely token (greedy).
@@ -36,6 +37,8 @@ class SamplingParams:
         logit_bias: (token id, value added to its logit) pairs.
         logprobs: number of most likely alternatives reported with each token; None reports nothing.
         prompt_logprobs: the same for the tokens of the prompt; such a request takes no prefix-cache hits.
+        pooling: the mean of the final hidden states of the prompt's tokens, or the last of them, is told with
+            the first token. ``mean`` takes no prefix-cache hits.
         max_tokens: generated tokens at most.
         min_tokens: no stop token is sampled before this many tokens.
         stop_token_ids: generation ends *with* one of these. Holds the model's end-of-sequence ids as well,
@@ -53,9 +56,15 @@ class SamplingParams:
     logit_bias: tuple[tuple[int, float], ...] = ()
     logprobs: int | None = None
     prompt_logprobs: int | None = None
+    pooling: Literal["mean", "last"] | None = None
     max_tokens: int = 16
     min_tokens: int = 0
     stop_token_ids: tuple[int, ...] = ()
+
+    @property
+    def reads_whole_prompt(self) -> bool:
+        """Whether every token of the prompt has to be computed, even if its keys and values are known."""
+        return self.prompt_logprobs is not None or self.pooling == "mean"
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +112,7 @@ class EngineOutput:
         token_ids: newly generated tokens, a final stop token included. May be empty (abort, error).
         logprobs: one record for each of ``token_ids`` if the request asked for them.
         prompt_logprobs: sent once, with the first tokens: one record for each prompt token but the first.
+        embedding: sent once, with the first token, if the request asked for ``pooling``.
         finish_reason: set on the last output of the request, and only there.
         num_cached_tokens: prompt tokens that were found in the prefix cache.
         first_scheduled_time: when the request left the queue for the first time.
@@ -113,6 +123,7 @@ class EngineOutput:
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    embedding: tuple[float, ...] | None = None
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     first_scheduled_time: float = 0.0
@@ -201,12 +212,14 @@ class SampledToken:
 
     Attributes:
         logprobs: if the request asked for them.
+        embedding: with the first token, if the request asked for ``pooling``.
         is_valid: False if the logits were not finite; the request is then failed alone.
     """
 
     request_id: str
     token_id: int
     logprobs: TokenLogprobs | None = None
+    embedding: tuple[float, ...] | None = None
     is_valid: bool = True
 
 
@@ -237,6 +250,7 @@ class ExecutorSpec:
         max_num_seqs: sequences in one step at most.
         max_num_batched_tokens: tokens in one step at most.
         device: one line for humans, such as ``cpu (2 threads, int8)``.
+        embedding_size: numbers in the vector that ``pooling`` gives; 0 if this executor does not do it.
     """
 
     model_id: str
@@ -247,3 +261,4 @@ class ExecutorSpec:
     max_num_seqs: int
     max_num_batched_tokens: int
     device: str
+    embedding_size: int = 0

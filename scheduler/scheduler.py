@@ -215,7 +215,7 @@ class Scheduler:
 
     def _match_prefix(self, sequence: Sequence) -> list[int]:
         """Cached blocks to start from. Never all tokens: the last is computed, to sample from it."""
-        if sequence.request.params.prompt_logprobs is not None:
+        if sequence.request.params.reads_whole_prompt:
             return []
         max_blocks = (sequence.num_tokens - 1) // self._config.block_size
         return self._pool.match_prefix(
@@ -225,7 +225,7 @@ class Scheduler:
     def _note_first_admission(self, sequence: Sequence, num_hits: int) -> None:
         sequence.first_scheduled_time = time.monotonic()
         sequence.num_cached_tokens = num_hits
-        if sequence.request.params.prompt_logprobs is None:
+        if not sequence.request.params.reads_whole_prompt:
             self._num_cache_queries += sequence.num_tokens
             self._num_cache_hits += num_hits
 
@@ -292,6 +292,7 @@ class Scheduler:
                 (token.token_id,),
                 None if params.logprobs is None or token.logprobs is None else (token.logprobs,),
                 tuple(sequence.prompt_logprobs) if is_first and params.prompt_logprobs is not None else None,
+                token.embedding,
                 finish_reason,
                 sequence.num_cached_tokens,
                 sequence.first_scheduled_time,

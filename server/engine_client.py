@@ -104,6 +104,7 @@ def _joined(outputs: list[EngineOutput]) -> EngineOutput:
         token_ids=tuple(token for output in outputs for token in output.token_ids),
         logprobs=tuple(logprobs) if any(o.logprobs is not None for o in outputs) else None,
         prompt_logprobs=prompt_logprobs,
+        embedding=next((o.embedding for o in outputs if o.embedding is not None), None),
         finish_reason=last.finish_reason,
         num_cached_tokens=first.num_cached_tokens,
         first_scheduled_time=first.first_scheduled_time,

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from engine_runtime.executors.prompt_pool import PromptPool
 from engine_runtime.kernels.numpy_types import Int32Array
 from scheduler.messages import NewSequence, SamplingParams
 
@@ -41,6 +42,7 @@ class SequenceState:
     Attributes:
         token_ids: prompt and generated tokens.
         block_ids: entry i holds the tokens from i * block_size on.
+        pool: what becomes of the final hidden states of the prompt, if the client asked for it.
     """
 
     def __init__(self, new: NewSequence) -> None:
@@ -49,3 +51,4 @@ class SequenceState:
         self.num_prompt_tokens = new.num_prompt_tokens
         self.token_ids = GrowingArray(new.token_ids)
         self.block_ids = GrowingArray(new.block_ids)
+        self.pool = None if new.params.pooling is None else PromptPool(new.params.pooling)

@@ -14,7 +14,8 @@ class Share:
     """Tokens [start, stop) of a sequence, in one run.
 
     Attributes:
-        num_prompt_rows: so many first tokens of the share want the logprob of the prompt token after them.
+        num_prompt_rows: so many first tokens of the share want a row though nothing is sampled from it: for
+            the logprob of the prompt token after them, or to be pooled.
         samples: whether the last token wants its logits to sample from.
     """
 
@@ -64,8 +65,8 @@ class SequenceTable:
     def runs(self, shares: list[Share]) -> Iterator[list[Share]]:
         """Splits a step into runs whose logits fit in memory; nearly always one.
 
-        Only log-probabilities of prompts need a row of logits a token. Tokens of a sequence that come to a
-        later run find those of the earlier ones in the KV cache, as any later step would.
+        Only log-probabilities and means of prompts need a row of logits a token. Tokens of a sequence that
+        come to a later run find those of the earlier ones in the KV cache, as any later step would.
         """
         run: list[Share] = []
         free = self._max_rows
@@ -84,7 +85,7 @@ class SequenceTable:
 
 
 def _prompt_rows(state: SequenceState, start: int, stop: int) -> int:
-    if state.params.prompt_logprobs is None:
+    if not state.params.reads_whole_prompt:
         return 0
     return max(0, min(stop, state.num_prompt_tokens - 1) - start)
 

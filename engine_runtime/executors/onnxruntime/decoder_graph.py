@@ -28,6 +28,7 @@ Form = Literal["plain", "transposed", "int8", "scale"]
 HIDDEN = "hidden"
 SAMPLED_ROWS = "sampled_rows"
 LOGITS = "logits"
+LAST_NORM = "norm.weight"
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,7 @@ class DecoderGraph:
         nodes: in an order in which they can run.
         weights: name of an initializer: what to fill it with.
         constants: initializers with their values.
+        residual: name of the value [R, H] that the last norm reads. It survives all passes.
         opset: version of the standard operators.
     """
 
@@ -80,6 +82,7 @@ class DecoderGraph:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     weights: dict[str, StoredWeight] = field(default_factory=dict)
     constants: dict[str, onnx.TensorProto] = field(default_factory=dict)
+    residual: str = ""
     opset: int = 24
     ir_version: int = 11
 
@@ -191,6 +194,7 @@ def build_decoder(config: ModelConfig) -> DecoderGraph:
                 {"attention": "sampled_attention", "residual": "sampled_residual", LOGITS: LOGITS},
             )
     _drop_identities(graph)
+    graph.residual = next(node.input[0] for node in graph.nodes if LAST_NORM in node.input)
     return graph
 
 

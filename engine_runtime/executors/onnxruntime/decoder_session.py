@@ -15,6 +15,7 @@ from engine_runtime.executors.onnxruntime import attention_kernels as attention
 from engine_runtime.executors.onnxruntime import row_kernels
 from engine_runtime.executors.onnxruntime.decoder_graph import (
     HIDDEN,
+    LAST_NORM,
     LOGITS,
     SAMPLED_ROWS,
     DecoderGraph,
@@ -114,6 +115,8 @@ class DecoderSession:
         self._scratch = _task_scratch(config, self.record.max_tasks)
         self.hidden = np.empty((max_tokens, config.hidden_size), np.float32)
         self.logits = np.empty((max_sampled, config.vocab_size), np.float32)
+        self._residual = np.empty((max_sampled, config.hidden_size), np.float32)
+        self._residual_name = graph.residual
         self._bound = (-1, -1)
 
         report = progress or (lambda what, done, total: None)
@@ -140,6 +143,7 @@ class DecoderSession:
         if packs_matrices():
             weights = {name: array for name, array in weights.items() if array.ndim < 2}
         self._weights = weights  # read in place
+        self._last_norm = weights[LAST_NORM]
 
     def run(self, sampled_rows: npt.NDArray[np.int64]) -> None:
         """Computes a step that ``record`` describes and whose embeddings are in ``hidden``.
@@ -154,9 +158,16 @@ class DecoderSession:
         if self._bound != (num_tokens, num_sampled):
             self._session.bind_input(HIDDEN, self.hidden[:num_tokens])
             self._session.bind_output(LOGITS, self.logits[:num_sampled])
+            self._session.bind_output(self._residual_name, self._residual[:num_sampled])
             self._bound = (num_tokens, num_sampled)
         self._session.bind_input(SAMPLED_ROWS, sampled_rows)
         self._session.run()
+
+    def final_hidden(self, start: int, stop: int) -> npt.NDArray[np.float32]:
+        """The final hidden states [N, H] of rows of ``logits``, normalized as the last product reads them."""
+        rows = self._residual[start:stop]
+        mean_square = np.mean(np.square(rows), axis=-1, keepdims=True)
+        return rows / np.sqrt(mean_square + np.float32(self._config.rms_norm_eps)) * self._last_norm
 
     def close(self) -> None:
         self._session.close()
@@ -191,7 +202,10 @@ class DecoderSession:
                 helper.make_tensor_value_info(HIDDEN, TensorProto.FLOAT, ["num_tokens", hidden]),
                 helper.make_tensor_value_info(SAMPLED_ROWS, TensorProto.INT64, ["num_sampled"]),
             ],
-            [helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["num_sampled", vocabulary])],
+            [
+                helper.make_tensor_value_info(LOGITS, TensorProto.FLOAT, ["num_sampled", vocabulary]),
+                helper.make_tensor_value_info(graph.residual, TensorProto.FLOAT, ["num_sampled", hidden]),
+            ],
             [*initializers, *graph.constants.values()],
         )
         model = helper.make_model(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import Future
+from dataclasses import replace
 
 import numpy as np
 
@@ -74,12 +75,17 @@ class OnnxRuntimeExecutor:
         shares = self._batch.apply(step)
         for run in self._batch.runs(shares):
             logits = self._compute(run)
+            self._pool(run)
             wants_prompt = any(share.num_prompt_rows for share in run)
             if wants_prompt:
                 logits = self._report_prompts(run, logits, prompt_logprobs)
             sampled += self._sample([share for share in run if share.samples], logits)
-        for token in sampled:
-            self._batch.states[token.request_id].token_ids.extend((token.token_id,))
+        for index, token in enumerate(sampled):
+            state = self._batch.states[token.request_id]
+            state.token_ids.extend((token.token_id,))
+            if state.pool is not None:
+                sampled[index] = replace(token, embedding=state.pool.vector())
+                state.pool = None
         return ModelRunnerOutput(step.step_id, tuple(sampled), tuple(prompt_logprobs.items()))
 
     def _compute(self, run: list[Share]) -> Float32Array:
@@ -90,6 +96,14 @@ class OnnxRuntimeExecutor:
         self._session.run(rows.astype(np.int64))
         return self._session.logits[: len(rows)]
 
+    def _pool(self, run: list[Share]) -> None:
+        """Hands the final hidden states to the sequences that want them; all their rows are the prompt's."""
+        row = 0
+        for share in run:
+            if share.state.pool is not None and share.num_rows:
+                share.state.pool.add(self._session.final_hidden(row, row + share.num_rows))
+            row += share.num_rows
+
     def _report_prompts(
         self, run: list[Share], logits: Float32Array, reports: dict[str, tuple[TokenLogprobs, ...]]
     ) -> Float32Array:
@@ -98,9 +112,9 @@ class OnnxRuntimeExecutor:
         row = 0
         for share in run:
             state, count = share.state, share.num_prompt_rows
-            if count:
+            if count and state.params.prompt_logprobs is not None:
                 targets = state.token_ids.view[share.start + 1 : share.start + 1 + count]
-                top = state.params.prompt_logprobs or 0
+                top = state.params.prompt_logprobs
                 found = self._sampler.prompt_logprobs(logits[row : row + count], targets, top)
                 reports[state.request_id] = reports.get(state.request_id, ()) + found
             row += count

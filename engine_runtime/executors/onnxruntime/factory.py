@@ -106,6 +106,7 @@ def create_cpu_executor(
         max_num_seqs=_max_seqs(config),
         max_num_batched_tokens=_max_tokens(config),
         device=f"cpu ({num_threads} thread{'s' if num_threads > 1 else ''}, {dtype})",
+        embedding_size=model.hidden_size,
     )
     report("sampler", 0, 1)
     executor = OnnxRuntimeExecutor(spec, session, embedding, max_rows=_max_rows(config))

@@ -43,6 +43,7 @@ class Generated:
     token_ids: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
+    embedding: tuple[float, ...] | None = None
     num_cached_tokens: int = 0
 
 
@@ -65,6 +66,7 @@ def generate(
             result.token_ids += output.token_ids
             result.logprobs += output.logprobs or ()
             result.prompt_logprobs = output.prompt_logprobs or result.prompt_logprobs
+            result.embedding = output.embedding or result.embedding
             result.num_cached_tokens = output.num_cached_tokens
     core.check_invariants()
     return results, core.stats
