@@ -112,22 +112,22 @@ class EngineOutput:
         token_ids: newly generated tokens, a final stop token included. May be empty (abort, error).
         logprobs: one record for each of ``token_ids`` if the request asked for them.
         prompt_logprobs: sent once, with the first tokens: one record for each prompt token but the first.
-        embedding: sent once, with the first token, if the request asked for ``pooling``.
         finish_reason: set on the last output of the request, and only there.
         num_cached_tokens: prompt tokens that were found in the prefix cache.
         first_scheduled_time: when the request left the queue for the first time.
         error: what went wrong, for the log, if ``finish_reason`` is ERROR.
+        embedding: sent once, with the first token, if the request asked for ``pooling``.
     """
 
     request_id: str
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenLogprobs, ...] | None = None
     prompt_logprobs: tuple[TokenLogprobs, ...] | None = None
-    embedding: tuple[float, ...] | None = None
     finish_reason: FinishReason | None = None
     num_cached_tokens: int = 0
     first_scheduled_time: float = 0.0
     error: str | None = None
+    embedding: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -212,15 +212,15 @@ class SampledToken:
 
     Attributes:
         logprobs: if the request asked for them.
-        embedding: with the first token, if the request asked for ``pooling``.
         is_valid: False if the logits were not finite; the request is then failed alone.
+        embedding: with the first token, if the request asked for ``pooling``.
     """
 
     request_id: str
     token_id: int
     logprobs: TokenLogprobs | None = None
-    embedding: tuple[float, ...] | None = None
     is_valid: bool = True
+    embedding: tuple[float, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)

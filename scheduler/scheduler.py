@@ -292,10 +292,10 @@ class Scheduler:
                 (token.token_id,),
                 None if params.logprobs is None or token.logprobs is None else (token.logprobs,),
                 tuple(sequence.prompt_logprobs) if is_first and params.prompt_logprobs is not None else None,
-                token.embedding,
                 finish_reason,
                 sequence.num_cached_tokens,
                 sequence.first_scheduled_time,
+                embedding=token.embedding,
             )
         )
         if finish_reason is not None:

@@ -16,7 +16,18 @@ from server.metrics import Metrics
 from server.model_formats import model_formats
 from server.response_database import ResponseDatabase
 from server.response_store import ResponseMemory
-from server.routes import anthropic, chat, completions, health, models, page, responses, tgi, tokens
+from server.routes import (
+    anthropic,
+    chat,
+    completions,
+    embeddings,
+    health,
+    models,
+    page,
+    responses,
+    tgi,
+    tokens,
+)
 from server.service import Service
 from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
@@ -39,7 +50,7 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     store = ResponseMemory() if config.responses_db is None else ResponseDatabase(config.responses_db)
     app.state.service = Service(config, engine, tokenization, metrics, validator, store)
-    for routes in (chat, completions, responses, anthropic, models, health, tokens, tgi, page):
+    for routes in (chat, completions, responses, embeddings, anthropic, models, health, tokens, tgi, page):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)

@@ -24,14 +24,15 @@ class Choice:
         num_cached_tokens: prompt tokens that came from the prefix cache.
         logprobs: of the tokens since the last ``take_logprobs``.
         prompt_logprobs: of the prompt's tokens but the first, once they have come.
+        embedding: the pooled hidden states of the prompt, once they have come; empty if nobody asked.
         num_reasoning_tokens: generated tokens with which the model thought, the borders included.
         finish_reason: ``stop``, ``length`` or, if it stopped and called tools, ``tool_calls`` once the answer
             is complete, else None.
     """
 
     __slots__ = (
-        "_deltas", "_detokenizer", "_parser", "_request", "_timer", "finish_reason", "index", "logprobs",
-        "num_cached_tokens", "num_reasoning_tokens", "num_tokens", "prompt_logprobs",
+        "_deltas", "_detokenizer", "_parser", "_request", "_timer", "embedding", "finish_reason", "index",
+        "logprobs", "num_cached_tokens", "num_reasoning_tokens", "num_tokens", "prompt_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -54,6 +55,7 @@ class Choice:
         self.num_cached_tokens = 0
         self.logprobs: list[TokenLogprobs] = []
         self.prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+        self.embedding: tuple[float, ...] = ()
         self.finish_reason: str | None = None
 
     def push(self, output: EngineOutput, now: float) -> str:
@@ -95,6 +97,8 @@ class Choice:
             self.logprobs += output.logprobs[:num_taken]
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
+        if output.embedding is not None:
+            self.embedding = output.embedding
         return text
 
     def _push(self, token_ids: Sequence[int]) -> str:

@@ -135,6 +135,13 @@ class ServerConfig:
         group="model",
         metavar="FORM",
     )
+    pooling: Literal["mean", "last"] = _flag(
+        "mean",
+        _one_of("mean", "last"),
+        "how /v1/embeddings makes a vector of a text: mean of its tokens' hidden states, or the last of them",
+        group="model",
+        metavar="KIND",
+    )
     max_model_len: int | None = _flag(
         None,
         _integer(1),

@@ -257,16 +257,19 @@ class ChatCompletionRequest(ChatPromptFields, SamplingFields):
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
 
 
+PromptInput = Annotated[
+    Annotated[str, Tag("<text>")]
+    | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
+    | Annotated[TokenIds, Tag("<ids>")]
+    | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<many ids>")],
+    Discriminator(
+        _tag_of_prompt, **expected("a string, an array of strings, or an array (of arrays) of token ids")
+    ),
+]
+
+
 class CompletionRequest(SamplingFields):
-    prompt: Annotated[
-        Annotated[str, Tag("<text>")]
-        | Annotated[list[str], Field(min_length=1, max_length=MAX_PROMPTS, fail_fast=True), Tag("<texts>")]
-        | Annotated[TokenIds, Tag("<ids>")]
-        | Annotated[list[TokenIds], Field(max_length=MAX_PROMPTS, fail_fast=True), Tag("<many ids>")],
-        Discriminator(
-            _tag_of_prompt, **expected("a string, an array of strings, or an array (of arrays) of token ids")
-        ),
-    ]
+    prompt: PromptInput
     # 0 is for scoring a prompt with ``echo``.
     max_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

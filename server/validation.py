@@ -142,7 +142,7 @@ class Validator:
                 code="integer_below_min_value",
             )
         spec = self._engine.spec
-        prompts = await self._prompts(wire.prompt, spec, with_text=echo)
+        prompts = await self._prompts(wire.prompt, spec, prompt_name, with_text=echo)
         if len(prompts) * (wire.n or 1) > MAX_PROMPTS:
             raise InvalidRequestError(
                 f"'n' times the number of prompts is more than {MAX_PROMPTS}. Send several requests.",
@@ -194,8 +194,14 @@ class Validator:
         return wire
 
     async def _prompts(
-        self, prompt: str | list[str] | list[int] | list[list[int]], spec: ExecutorSpec, *, with_text: bool
+        self,
+        prompt: str | list[str] | list[int] | list[list[int]],
+        spec: ExecutorSpec,
+        name: str,
+        *,
+        with_text: bool,
     ) -> list[Prompt]:
+        """``name`` is the field of ``prompt`` in messages."""
         texts: list[str] = []
         if isinstance(prompt, str):
             texts = [prompt]
@@ -205,11 +211,11 @@ class Validator:
             try:
                 encoded = await self._tokenization.encode(texts, max_context(spec))
             except TextTooLongError as error:
-                raise far_too_long(error, spec, "prompt") from None
+                raise far_too_long(error, spec, name) from None
             except InvalidTextError as error:
-                raise InvalidRequestError(str(error), param="prompt", code="invalid_value") from None
+                raise InvalidRequestError(str(error), param=name, code="invalid_value") from None
             return [
-                Prompt(self._not_empty(token_ids), text if with_text else None)
+                Prompt(self._not_empty(token_ids, name), text if with_text else None)
                 for text, token_ids in zip(texts, encoded, strict=True)
             ]
         lists = [part for part in prompt if isinstance(part, list)] or [
@@ -219,7 +225,7 @@ class Validator:
         for index, token_ids in enumerate(lists):
             if max(token_ids) >= spec.vocab_size:
                 position = next(i for i, token_id in enumerate(token_ids) if token_id >= spec.vocab_size)
-                path = f"prompt[{position}]" if len(lists) == 1 else f"prompt[{index}][{position}]"
+                path = f"{name}[{position}]" if len(lists) == 1 else f"{name}[{index}][{position}]"
                 raise InvalidRequestError(
                     f"'{path}' is no token of this model, which has {spec.vocab_size}.",
                     param=path,
@@ -229,7 +235,7 @@ class Validator:
             prompts.append(Prompt(tuple(token_ids), text))
         return prompts
 
-    def _not_empty(self, token_ids: list[int]) -> tuple[int, ...]:
+    def _not_empty(self, token_ids: list[int], name: str) -> tuple[int, ...]:
         if token_ids:
             return tuple(token_ids)
         tokenizer = self._tokenization.tokenizer
@@ -238,7 +244,7 @@ class Validator:
         if beginning is None and tokenizer.eos_token_ids:
             beginning = min(tokenizer.eos_token_ids)
         if beginning is None:
-            raise InvalidRequestError("The prompt has no tokens.", param="prompt", code="invalid_value")
+            raise InvalidRequestError(f"The {name} has no tokens.", param=name, code="invalid_value")
         return (beginning,)
 
     def _call(

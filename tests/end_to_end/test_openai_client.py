@@ -147,6 +147,23 @@ def test_completions_echo(client: OpenAI) -> None:
     assert all(value <= 0 for value in choice.logprobs.token_logprobs[1:] if value is not None)
 
 
+def test_embeddings(client: OpenAI) -> None:
+    def cosine(a: list[float], b: list[float]) -> float:
+        return sum(x * y for x, y in zip(a, b, strict=True))  # of length 1
+
+    texts = ["A cat sits on the mat.", "A kitten is sitting on a rug.", "Interest rates rose in March."]
+    answer = client.embeddings.create(model=MODEL, input=texts)  # the client asks for base64
+    vectors = [item.embedding for item in answer.data]
+    assert [item.index for item in answer.data] == [0, 1, 2]
+    assert cosine(vectors[0], vectors[0]) == pytest.approx(1.0, abs=1e-5)
+    assert cosine(vectors[0], vectors[1]) > cosine(vectors[0], vectors[2])
+    plain = client.embeddings.create(model=MODEL, input=texts[1], encoding_format="float", dimensions=64)
+    short = vectors[1][:64]
+    scale = cosine(short, short) ** 0.5
+    assert plain.data[0].embedding == pytest.approx([x / scale for x in short], abs=1e-6)
+    assert 0 < plain.usage.total_tokens == plain.usage.prompt_tokens < answer.usage.prompt_tokens
+
+
 def test_bad_requests_are_openai_errors(client: OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as caught:
         client.chat.completions.create(model=MODEL, messages=QUESTION, temperature=3)

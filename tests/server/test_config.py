@@ -34,6 +34,7 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "dtype": ("float32", "float32"),
         "quantization": ("fp8", "fp8"),
         "kv_cache_dtype": ("fp8", "fp8"),
+        "pooling": ("last", "last"),
         "max_model_len": ("77", 77),
         "tool_call_parser": ("hermes", "hermes"),
         "reasoning_parser": ("none", "none"),

@@ -53,6 +53,7 @@ MESSAGES = [
                 EngineOutput(
                     "r", (5,), (TokenLogprobs(5, -0.5, 1, ((5, -0.5),)),), None, FinishReason.LENGTH, 4, 2.5
                 ),
+                EngineOutput("e", (5,), finish_reason=FinishReason.LENGTH, embedding=(0.25, -1.5)),
             ),
             EngineStats(num_running=1, kv_cache_usage=0.5),
         ),

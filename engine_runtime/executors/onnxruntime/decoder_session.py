@@ -143,7 +143,7 @@ class DecoderSession:
         if packs_matrices():
             weights = {name: array for name, array in weights.items() if array.ndim < 2}
         self._weights = weights  # read in place
-        self._last_norm = weights[LAST_NORM]
+        self._last_norm: npt.NDArray[np.float32] = weights[LAST_NORM]
 
     def run(self, sampled_rows: npt.NDArray[np.int64]) -> None:
         """Computes a step that ``record`` describes and whose embeddings are in ``hidden``.
@@ -167,7 +167,8 @@ class DecoderSession:
         """The final hidden states [N, H] of rows of ``logits``, normalized as the last product reads them."""
         rows = self._residual[start:stop]
         mean_square = np.mean(np.square(rows), axis=-1, keepdims=True)
-        return rows / np.sqrt(mean_square + np.float32(self._config.rms_norm_eps)) * self._last_norm
+        factor: npt.NDArray[np.float32] = 1 / np.sqrt(mean_square + np.float32(self._config.rms_norm_eps))
+        return rows * factor * self._last_norm
 
     def close(self) -> None:
         self._session.close()
