@@ -54,6 +54,18 @@ async def count_tokens(wire: PromptFields, validator: Validator) -> int:
 
 def _prompt_fields(wire: PromptFields) -> dict[str, Any]:
     fields: dict[str, Any] = {"model": wire.model, "messages": _messages(wire)}
+    if wire.messages[-1].role == "assistant":
+        if fields["messages"][-1].get("content") is None or "tool_calls" in fields["messages"][-1]:
+            raise InvalidRequestError(
+                "The answer cannot go on from the last message: give its text, or the results of its calls.",
+                param=f"messages[{len(wire.messages) - 1}].content",
+                code="invalid_value",
+            )
+        fields["continue_final_message"] = True
+    if wire.thinking is not None:
+        is_on = wire.thinking.type != "disabled"
+        fields["chat_template_kwargs"] = {"enable_thinking": is_on}
+        fields["include_reasoning"] = is_on
     if wire.output_config is not None and wire.output_config.format is not None:
         schema = {"name": "output", "schema": wire.output_config.format.json_schema, "strict": True}
         fields["response_format"] = {"type": "json_schema", "json_schema": schema}
@@ -90,13 +102,6 @@ def _tool_choice(choice: ToolChoice) -> str | dict[str, Any]:
 
 
 def _messages(wire: PromptFields) -> list[dict[str, Any]]:
-    if wire.messages[-1].role == "assistant":
-        raise InvalidRequestError(
-            "The last message has the role 'assistant': answers that go on from a given beginning are not "
-            "supported. End with a message of the role 'user'.",
-            param=f"messages[{len(wire.messages) - 1}].role",
-            code="unsupported_value",
-        )
     conversation = Conversation()
     if wire.system is not None:
         conversation.say("system", _text(wire.system))

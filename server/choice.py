@@ -9,7 +9,7 @@ from scheduler.messages import EngineOutput, FinishReason, Request, TokenLogprob
 from server.detokenizer import IncrementalDetokenizer
 from server.errors import InternalError
 from server.metrics import RequestTimer
-from server.parsing.deltas import Delta
+from server.parsing.deltas import ContentDelta, Delta
 from server.parsing.output_parser import OutputParser
 
 _log = logging.getLogger(__name__)
@@ -125,6 +125,16 @@ class Choice:
         """What the parser found since the last call."""
         taken, self._deltas = self._deltas, []
         return taken
+
+    def take_whole(self) -> list[Delta]:
+        """The whole answer: what the parser found or, without one, all text. Nothing was taken before."""
+        if self._parser is not None:
+            return self.take_deltas()
+        return [ContentDelta(self.text)] if self.text else []
+
+    def take_piece(self, text: str) -> list[Delta]:
+        """What the parser found since the last call or, without one, the text that came since."""
+        return [ContentDelta(text)] if self._parser is None else self.take_deltas()
 
     def take_logprobs(self) -> list[TokenLogprobs]:
         """The logprobs of the tokens since the last call."""

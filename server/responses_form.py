@@ -77,12 +77,13 @@ class ResponsesForm:
         )
 
     def piece(self, choice: Choice, text: str) -> bytes:
-        return self._written(ContentDelta(text), choice)
+        return self._written(choice.take_piece(text), choice)
 
     def last(self, choice: Choice) -> bytes:
+        rest = self._written(choice.take_deltas(), choice)
         self._is_cut = choice.finish_reason == "length"
         opening = b"" if self._output or self._open_item else self._begin_message()
-        return opening + self._close()
+        return rest + opening + self._close()
 
     def end(self, usage: Usage) -> bytes:
         self._finish(usage)
@@ -91,8 +92,7 @@ class ResponsesForm:
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         [choice] = choices
-        if choice.text:
-            self._written(ContentDelta(choice.text), choice)
+        self._written(choice.take_whole(), choice)
         self.last(choice)
         self._finish(usage)
         return _encode(self.response)
@@ -113,7 +113,10 @@ class ResponsesForm:
             usage=_usage(usage),
         )
 
-    def _written(self, delta: Delta, choice: Choice) -> bytes:
+    def _written(self, deltas: Sequence[Delta], choice: Choice) -> bytes:
+        return b"".join([self._delta(delta, choice) for delta in deltas])
+
+    def _delta(self, delta: Delta, choice: Choice) -> bytes:
         match delta:
             case ContentDelta(text=text):
                 return self._text("message", text, self._logprobs(choice))
@@ -250,6 +253,6 @@ def _usage(usage: Usage) -> dict[str, Any]:
         "input_tokens": usage.prompt_tokens,
         "input_tokens_details": {"cached_tokens": usage.cached_tokens, "cache_write_tokens": 0},
         "output_tokens": usage.completion_tokens,
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
         "total_tokens": usage.prompt_tokens + usage.completion_tokens,
     }

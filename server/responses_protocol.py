@@ -180,7 +180,7 @@ class TextConfig(WireModel):
 
 
 class Reasoning(WireModel):
-    effort: str | None = None
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     summary: str | None = None
 
 

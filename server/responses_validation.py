@@ -13,7 +13,7 @@ import msgspec
 from server.call import Call
 from server.conversation import Conversation, chat_request
 from server.errors import InvalidRequestError, UnsupportedParameterError, excerpt
-from server.protocol import MAX_PROMPT_TOKENS, ChatCompletionRequest
+from server.protocol import MAX_PROMPT_TOKENS, ChatCompletionRequest, WireModel
 from server.response_store import ResponseStore
 from server.responses_protocol import (
     AllowedTools,
@@ -103,6 +103,7 @@ async def _chat(
             "tool_choice": choice if tools else None,
             "parallel_tool_calls": wire.parallel_tool_calls if tools else None,
             "response_format": _response_format(wire),
+            "reasoning_effort": None if wire.reasoning is None else wire.reasoning.effort,
             "stream": wire.stream,
             "priority": wire.priority,
             "cache_salt": wire.cache_salt,
@@ -271,7 +272,7 @@ def _response_format(wire: ResponsesRequest) -> dict[str, Any] | None:
 
 
 def _settings(wire: ResponsesRequest) -> dict[str, Any]:
-    asked = wire.model_dump(by_alias=True, exclude_none=True)
+    choice = wire.tool_choice or "auto"
     return {
         "background": False,
         "instructions": wire.instructions,
@@ -280,15 +281,19 @@ def _settings(wire: ResponsesRequest) -> dict[str, Any]:
         "metadata": wire.metadata or {},
         "parallel_tool_calls": wire.parallel_tool_calls is not False,
         "previous_response_id": wire.previous_response_id,
-        "reasoning": {"effort": None, "summary": None, **asked.get("reasoning", {})},
+        "reasoning": {"effort": None, "summary": None, **_dumped(wire.reasoning)},
         "service_tier": "default",
         "store": wire.store is not False,
         "temperature": 1.0 if wire.temperature is None else wire.temperature,
-        "text": {"format": {"type": "text"}, **asked.get("text", {})},
-        "tool_choice": asked.get("tool_choice", "auto"),
-        "tools": asked.get("tools", []),
+        "text": {"format": {"type": "text"}, **_dumped(wire.text)},
+        "tool_choice": choice if isinstance(choice, str) else _dumped(choice),
+        "tools": [_dumped(tool) for tool in wire.tools or ()],
         "top_logprobs": wire.top_logprobs or 0,
         "top_p": 1.0 if wire.top_p is None else wire.top_p,
         "truncation": "disabled",
         "user": wire.user,
     }
+
+
+def _dumped(model: WireModel | None) -> dict[str, Any]:
+    return {} if model is None else model.model_dump(by_alias=True, exclude_none=True)

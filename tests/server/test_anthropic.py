@@ -174,6 +174,141 @@ async def test_prompts(tokenizer: Tokenizer, fields: dict[str, Any], chat: list[
     assert counted.input_tokens == len(expected)
 
 
+async def test_an_answer_goes_on_from_the_last_message(tokenizer: Tokenizer) -> None:
+    engine = _scripted(tokenizer, " capital is Paris.")
+    messages = [*HELLO, {"role": "assistant", "content": "The"}]
+    async with _client(engine, tokenizer) as client:
+        message = await client.messages.create(**BODY | {"messages": messages})
+    prompt = tokenizer.decode(engine.requests[0].prompt_token_ids, skip_special_tokens=False)
+    assert prompt.endswith("assistant\nThe")
+    assert message.content[0].text == " capital is Paris."
+
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "Weather of a city",
+    "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+CALL = '<tool_call>\n{"name": "get_weather", "arguments": {"city": "São Paulo"}}\n</tool_call>'
+
+
+async def test_thinking_text_and_calls(thinking: Tokenizer) -> None:
+    engine = _scripted(thinking, f"<think>Hm.</think>I look.\n{CALL}\n{CALL}")
+    async with _client(engine, thinking) as client:
+        whole = await client.messages.create(**BODY, tools=[WEATHER])
+        async with client.messages.stream(**BODY, tools=[WEATHER]) as stream:
+            streamed = await stream.get_final_message()
+    for message in (whole, streamed):
+        assert [block.type for block in message.content] == ["thinking", "text", "tool_use", "tool_use"]
+        thought, text, first, second = message.content
+        assert (thought.thinking, text.text) == ("Hm.", "I look.")
+        for block in (first, second):
+            assert (block.name, block.input) == ("get_weather", {"city": "São Paulo"})
+        assert first.id != second.id
+        assert message.stop_reason == "tool_use"
+        assert message.usage.output_tokens_details.thinking_tokens > 0
+    prompt = thinking.decode(engine.requests[0].prompt_token_ids, skip_special_tokens=False)
+    assert '"name": "get_weather"' in prompt
+    assert '"description": "Weather of a city"' in prompt
+
+
+async def test_blocks_are_told_one_after_the_other(thinking: Tokenizer) -> None:
+    async with api(_scripted(thinking, f"<think>Hm.</think>I look.{CALL}"), thinking) as client:
+        response = await client.post("/v1/messages", json=BODY | {"stream": True, "tools": [WEATHER]})
+    told = [(name, data["index"]) for name, data in _events(response.text) if name.startswith("content")]
+    assert [index for _, index in told] == sorted(index for _, index in told)
+    for index in range(3):
+        names = [name for name, i in told if i == index]
+        assert names[0] == "content_block_start"
+        assert names[-1] == "content_block_stop"
+        assert set(names[1:-1]) == {"content_block_delta"}
+
+
+async def test_a_call_that_is_cut_off(thinking: Tokenizer) -> None:
+    engine = _scripted(thinking, CALL[: CALL.index("Paulo")], with_eos=False)
+    async with _client(engine, thinking) as client:
+        message = await client.messages.create(**BODY, tools=[WEATHER])
+    assert message.stop_reason == "max_tokens"
+    assert message.content[0].input == {}
+
+
+async def test_results_of_calls(thinking: Tokenizer) -> None:
+    engine = _scripted(thinking)
+    messages: list[Any] = [
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": ""},
+                {"type": "redacted_thinking", "data": "abc"},
+                {"type": "text", "text": "I look."},
+                {"type": "tool_use", "id": "toolu_1", "name": "get_weather", "input": {"city": "Rome"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "toolu_1",
+                    "content": [{"type": "text", "text": "Sun"}],
+                },
+                {"type": "text", "text": "And?"},
+            ],
+        },
+    ]
+    function = {"name": WEATHER["name"], "description": WEATHER["description"]}
+    tool = {"type": "function", "function": {**function, "parameters": WEATHER["input_schema"]}}
+    call = {"name": "get_weather", "arguments": '{"city":"Rome"}'}
+    chat = [
+        {"role": "user", "content": "Weather?"},
+        {
+            "role": "assistant",
+            "content": "I look.",
+            "reasoning_content": "Hm.",
+            "tool_calls": [{"id": "toolu_1", "type": "function", "function": call}],
+        },
+        {"role": "tool", "tool_call_id": "toolu_1", "content": "Sun"},
+        {"role": "user", "content": "And?"},
+    ]
+    async with _client(engine, thinking) as client:
+        await client.messages.create(**BODY | {"messages": messages}, tools=[WEATHER])
+        counted = await client.messages.count_tokens(model=MODEL, messages=messages, tools=[WEATHER])
+    async with api(engine, thinking) as http:
+        body = {"messages": chat, "tools": [tool]}
+        assert (await http.post("/v1/chat/completions", json=body)).status_code == 200
+    ours, openais = (request.prompt_token_ids for request in engine.requests)
+    assert thinking.decode(ours) == thinking.decode(openais)
+    assert counted.input_tokens == len(ours)
+
+
+async def test_choices_of_tools(thinking: Tokenizer) -> None:
+    engine = _scripted(thinking, f"Look: {CALL}{CALL}")
+    async with _client(engine, thinking) as client:
+
+        async def calls(**choice: Any) -> int:
+            message = await client.messages.create(**BODY, tools=[WEATHER], tool_choice=choice)  # type: ignore[call-overload]
+            return sum(block.type == "tool_use" for block in message.content)
+
+        assert await calls(type="auto") == 2
+        assert await calls(type="auto", disable_parallel_tool_use=True) == 1
+        assert await calls(type="none") == 0
+        for wrong in ({"type": "tool"}, {"type": "tool", "name": "other"}):
+            with pytest.raises(anthropic.BadRequestError, match="tool_choice"):
+                await calls(**wrong)
+
+
+async def test_thinking_is_switched(thinking: Tokenizer) -> None:
+    engine = _scripted(thinking, "<think>Hm.</think>Yes.")
+    async with _client(engine, thinking) as client:
+        on = await client.messages.create(**BODY, thinking={"type": "enabled", "budget_tokens": 1024})
+        off = await client.messages.create(**BODY, thinking={"type": "disabled"})
+    assert [block.type for block in on.content] == ["thinking", "text"]
+    assert [block.type for block in off.content] == ["text"]
+    first, second = (thinking.decode(r.prompt_token_ids) for r in engine.requests)
+    assert first != second
+
+
 async def test_counting_needs_no_room(tokenizer: Tokenizer) -> None:
     long = [{"role": "user", "content": "word " * 2000}]
     async with _client(_scripted(tokenizer), tokenizer) as client:
@@ -200,7 +335,15 @@ async def test_counting_needs_no_room(tokenizer: Tokenizer) -> None:
             {"messages": [{"role": "user", "content": [{"type": "thinking", "thinking": "A"}]}]},
             "no blocks of type 'thinking'",
         ),
-        ({"messages": [*HELLO, {"role": "assistant", "content": "The"}]}, "End with a message"),
+        (
+            {
+                "messages": [
+                    *HELLO,
+                    {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}]},
+                ]
+            },
+            "cannot go on from the last message",
+        ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
         ({"temperature": 1.5}, "temperature"),
         ({"top_p": 0}, "top_p"),

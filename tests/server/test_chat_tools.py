@@ -14,7 +14,6 @@ from server.config import ServerConfig
 from server.tokenizer import Tokenizer
 from tests.server.http_client import api, chat, events
 from tests.server.in_process_engine import ScriptedEngine, tokens
-from tests.server.text_fixtures import TEMPLATES
 
 WEATHER = {
     "type": "function",
@@ -27,14 +26,6 @@ WEATHER = {
 ARGUMENTS = '{"city": "São Paulo"}'
 CALL = f'{{"name": "get_weather", "arguments": {ARGUMENTS}}}'
 HERMES_CALL = f"<tool_call>\n{CALL}\n</tool_call>"
-
-
-@pytest.fixture
-def thinking(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
-    """The tokenizer with a template like Qwen3's: tools, Hermes calls, reasoning."""
-    template = ChatTemplate((TEMPLATES / "thinking.jinja").read_text())
-    monkeypatch.setattr(tokenizer, "chat_template", template)
-    return tokenizer
 
 
 def _saying(tokenizer: Tokenizer, text: str, finish: FinishReason = FinishReason.STOP) -> ScriptedEngine:

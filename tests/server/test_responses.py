@@ -242,6 +242,80 @@ async def test_logprobs(tokenizer: Tokenizer) -> None:
     assert plain["output"][0]["content"][0]["logprobs"] == []
 
 
+WEATHER = {
+    "type": "function",
+    "name": "get_weather",
+    "description": "Weather of a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+    "strict": None,
+}
+ARGUMENTS = '{"city": "São Paulo"}'
+CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</tool_call>'
+
+
+async def test_reasoning_text_and_calls(thinking: Tokenizer) -> None:
+    engine = _scripted(thinking, f"<think>Hm.</think>I look.\n{CALL}\n{CALL}")
+    async with _client(engine, thinking) as client:
+        whole = await client.responses.create(model=MODEL, input="Hi", tools=[WEATHER])
+        async with client.responses.stream(model=MODEL, input="Hi", tools=[WEATHER]) as stream:
+            told = [event async for event in stream]
+            streamed = await stream.get_final_response()
+        follow = await client.responses.create(
+            model=MODEL,
+            previous_response_id=streamed.id,
+            input=[{"type": "function_call_output", "call_id": streamed.output[2].call_id, "output": "Sun"}],
+            tools=[WEATHER],
+        )
+    for response in (whole, streamed):
+        assert [item.type for item in response.output] == [
+            "reasoning",
+            "message",
+            "function_call",
+            "function_call",
+        ]
+        reasoning, message, first, second = response.output
+        assert reasoning.content[0].text == "Hm."
+        assert message.content[0].text == response.output_text == "I look."
+        assert (first.name, first.arguments, first.status) == ("get_weather", ARGUMENTS, "completed")
+        assert first.call_id != second.call_id
+        assert response.usage is not None
+        assert response.usage.output_tokens_details.reasoning_tokens > 0
+        assert response.tools[0].name == "get_weather"
+    arguments = [e.delta for e in told if e.type == "response.function_call_arguments.delta"]
+    assert "".join(arguments) == ARGUMENTS * 2
+    assert [e.arguments for e in told if e.type == "response.function_call_arguments.done"] == [ARGUMENTS] * 2
+    assert "".join(e.delta for e in told if e.type == "response.reasoning_text.delta") == "Hm."
+    assert follow.status == "completed"
+    prompt = thinking.decode(engine.requests[-1].prompt_token_ids)
+    assert prompt.count("São Paulo") == 2
+    assert "Sun" in prompt
+
+
+async def test_choices_of_tools(thinking: Tokenizer) -> None:
+    engine = _scripted(thinking, CALL * 2)
+    other = WEATHER | {"name": "get_time"}
+
+    async def post(**fields: Any) -> Any:
+        async with api(engine, thinking) as client:
+            body = {"input": "Hi", "tools": [WEATHER, other], **fields}
+            return (await client.post("/v1/responses", json=body)).json()
+
+    def calls(response: Any) -> int:
+        return sum(item["type"] == "function_call" for item in response["output"])
+
+    assert calls(await post()) == 2
+    assert calls(await post(parallel_tool_calls=False)) == 1
+    assert calls(await post(tool_choice="none")) == 0
+    allowed = {"type": "allowed_tools", "mode": "auto", "tools": [{"type": "function", "name": "get_time"}]}
+    answer = await post(tool_choice=allowed)
+    assert answer["tool_choice"] == allowed
+    assert "get_weather" not in thinking.decode(engine.requests[-1].prompt_token_ids)
+    allowed["tools"] = [{"type": "function", "name": "get_money"}]
+    assert (await post(tool_choice=allowed))["error"]["param"] == "tool_choice"
+    named = {"type": "function", "name": "get_money"}
+    assert (await post(tool_choice=named))["error"]["param"] == "tool_choice"
+
+
 async def test_a_stream_that_fails(tokenizer: Tokenizer) -> None:
     engine = _scripted(tokenizer)
     working = engine.script
