@@ -1,4 +1,4 @@
-"""The command line: ``inflightd serve``, ``inflightd chat``, ``inflightd --version``."""
+"""The command line: ``inflightd serve``, ``chat``, ``bench`` and ``--version``."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
+from server.bench.bench_arguments import add_bench_arguments
 from server.config import ConfigError, add_arguments, config_from, environment_variable, explained
 
 _SERVE_HELP = """\
@@ -21,7 +22,8 @@ examples:
   inflightd serve                              the embedded default model, on http://127.0.0.1:8000
   inflightd serve model.gguf --port 9000       a GGUF file
   inflightd serve ./Llama-3.2-1B --dtype float32
-  inflightd chat                               talk to a running server"""
+  inflightd chat                               talk to a running server
+  inflightd bench serve --concurrency 1,8,32   measure it"""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -51,14 +53,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chat.add_argument(
         "--api-key", metavar="KEY", help="of the server; other users do not see it in INFLIGHTD_API_KEY"
     )
+    bench = commands.add_parser("bench", help="measure a running server")
+    add_bench_arguments(bench)
     parsed = parser.parse_args(arguments)
     try:
         if parsed.command == "serve":
             return _serve(parsed)
-        from server.terminal_chat import run_chat
-
         # The variable may hold all keys of a server.
         api_key = parsed.api_key or os.environ.get(environment_variable("api_key"), "").partition(",")[0]
+        if parsed.command == "bench":
+            from server.bench.bench_command import run_bench
+
+            return run_bench(parsed, api_key.strip() or None)
+        from server.terminal_chat import run_chat
+
         return run_chat(
             parsed.url,
             parsed.model,

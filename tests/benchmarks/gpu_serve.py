@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 
+from server.bench.stream_client import Answer, Target, read_answer, run_load
 from tests.benchmarks.server_process import Server, ServerProcess
-from tests.benchmarks.stream_client import Answer, read_answer, run_closed_loop
 
 _CLIENTS = 8
 _TIMEOUT = 120.0
@@ -31,7 +31,13 @@ _VLLM = {
 
 def _client(arguments: tuple[int, list[dict[str, object]], int]) -> list[Answer]:
     port, bodies, concurrency = arguments
-    run = run_closed_loop(port, "/v1/completions", bodies, concurrency, _TIMEOUT)
+    run = run_load(
+        Target("127.0.0.1", port),
+        "/v1/completions",
+        bodies,
+        concurrency=concurrency,
+        seconds_for_one=_TIMEOUT,
+    )
     return [read_answer(exchange) for exchange in run.exchanges]
 
 

@@ -24,13 +24,13 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
+from server.bench.random_prompts import distinct_prompts
+from server.bench.stream_client import Answer, ResponseError, Target, read_answer, run_load
 from server.model_source import fetch_default_model
 from tests.benchmarks.figures import Figures, Load, Result, Start, machine, median_result, tables
 from tests.benchmarks.peers import installed_peers
-from tests.benchmarks.prompts import distinct_prompts
 from tests.benchmarks.server_process import Server, ServerError, ServerProcess, machine_cpu_seconds
 from tests.benchmarks.step_loop import measure as measure_step_loop
-from tests.benchmarks.stream_client import Answer, ResponseError, read_answer, run_closed_loop
 
 OURS = "inflightd"
 REQUEST_TIMEOUT = 300.0  # seconds
@@ -80,7 +80,13 @@ def _measure_load(process: ServerProcess, server: Server, load: Load, path: str,
         for prompt in distinct_prompts(load.num_requests, load.num_prompt_tokens, seed)
     ]
     machine_cpu, server_cpu = machine_cpu_seconds(), process.cpu_seconds()
-    run = run_closed_loop(process.port, path, bodies, load.concurrency, REQUEST_TIMEOUT)
+    run = run_load(
+        Target("127.0.0.1", process.port),
+        path,
+        bodies,
+        concurrency=load.concurrency,
+        seconds_for_one=REQUEST_TIMEOUT,
+    )
     server_cpu = process.cpu_seconds() - server_cpu
     other_cpu = machine_cpu_seconds() - machine_cpu - server_cpu - run.client_cpu_seconds
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.benchmarks.stream_client import Exchange, ResponseError, read_answer, run_closed_loop
+from server.bench.stream_client import Exchange, ResponseError, Target, read_answer, run_load
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nKeep-Alive: timeout=5, max=100\r\n\r\n"
 
@@ -109,7 +109,13 @@ def server() -> Iterator[tuple[_Server, int]]:
 
 def test_closed_loop(server: tuple[_Server, int]) -> None:
     state, port = server
-    run = run_closed_loop(port, "/v1/completions", [{"number": number} for number in range(12)], 4, 10.0)
+    run = run_load(
+        Target("127.0.0.1", port),
+        "/v1/completions",
+        [{"number": number} for number in range(12)],
+        concurrency=4,
+        seconds_for_one=10.0,
+    )
     assert sorted(json.loads(body)["number"] for body in state.bodies) == list(range(12))
     assert state.most_at_once == 4
     assert [read_answer(exchange).num_output_tokens for exchange in run.exchanges] == [3] * 12
@@ -118,6 +124,6 @@ def test_closed_loop(server: tuple[_Server, int]) -> None:
 
 @pytest.mark.parametrize(("path", "message"), [("/fail", "400 Bad Request"), ("/cut", "closed before")])
 def test_failures_are_told(server: tuple[_Server, int], path: str, message: str) -> None:
-    run = run_closed_loop(server[1], path, [{}], 1, 10.0)
+    run = run_load(Target("127.0.0.1", server[1]), path, [{}], concurrency=1, seconds_for_one=10.0)
     with pytest.raises(ResponseError, match=message):
         read_answer(run.exchanges[0])

@@ -1,7 +1,7 @@
-"""A closed-loop HTTP client that spends almost no CPU while the clock runs.
+"""An HTTP client for load that spends almost no CPU while the clock runs.
 
-It shares the machine's cores with the server it measures, so during a run it only stores what each read of a
-socket returned and when. Chunked encoding, server-sent events and JSON are taken apart after the run; every
+It may share the machine's cores with the server it measures, so during a run it only stores what each read of
+a socket returned and when. Chunked encoding, server-sent events and JSON are taken apart after the run; every
 token still gets the time at which its bytes arrived.
 """
 
@@ -10,9 +10,11 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import ssl
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import uvloop
 
@@ -21,6 +23,48 @@ LAST_CHUNK = b"\r\n0\r\n\r\n"  # with the end of the chunk before: a header may 
 
 class ResponseError(Exception):
     """A response that is no complete stream of tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """Where requests go.
+
+    Attributes:
+        path: before the paths of the API.
+    """
+
+    host: str
+    port: int
+    tls: ssl.SSLContext | None = None
+    path: str = ""
+    api_key: str | None = None
+
+    @staticmethod
+    def of(url: str, api_key: str | None = None) -> Target:
+        """From ``http://host:port`` or ``https://host/path``.
+
+        Raises:
+            ValueError: it is no such URL, or the key cannot be sent.
+        """
+        parts = urlsplit(url)
+        if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.fragment:
+            raise ValueError(f"{url!r} is not a URL such as http://127.0.0.1:8000")
+        if api_key is not None and not (api_key.isascii() and api_key.isprintable()):
+            raise ValueError("the API key has characters that a header cannot hold")
+        tls = ssl.create_default_context() if parts.scheme == "https" else None
+        port = parts.port or (443 if tls else 80)
+        return Target(parts.hostname, port, tls, parts.path.rstrip("/"), api_key)
+
+    def request(self, path: str, body: dict[str, object]) -> bytes:
+        """The bytes of a POST that closes its connection."""
+        content = json.dumps(body).encode()
+        host = f"[{self.host}]" if ":" in self.host else self.host
+        key = f"Authorization: Bearer {self.api_key}\r\n" if self.api_key else ""
+        head = (
+            f"POST {self.path}{path} HTTP/1.1\r\nHost: {host}:{self.port}\r\n{key}"
+            f"Content-Type: application/json\r\nContent-Length: {len(content)}\r\nConnection: close\r\n\r\n"
+        )
+        return head.encode() + content
 
 
 @dataclass(slots=True)
@@ -52,62 +96,83 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """All exchanges of one closed loop, the seconds it took, and the CPU seconds that the client used."""
+    """All exchanges of a load, the seconds it took, and the CPU seconds that the client used.
+
+    Attributes:
+        most_late: seconds by which a request was sent after its time, at most.
+    """
 
     exchanges: list[Exchange]
     seconds: float
     client_cpu_seconds: float
+    most_late: float
 
 
-def run_closed_loop(
-    port: int, path: str, bodies: Sequence[dict[str, object]], concurrency: int, seconds_for_one: float
+def run_load(
+    target: Target,
+    path: str,
+    bodies: Sequence[dict[str, object]],
+    *,
+    concurrency: int,
+    seconds_for_one: float,
+    starts: Sequence[float] | None = None,
+    on_end: Callable[[], None] = lambda: None,
 ) -> Run:
-    """Posts ``bodies`` to 127.0.0.1 in order, ``concurrency`` at a time, each on a connection of its own.
+    """Posts ``bodies`` in order, each on a connection of its own.
 
     Args:
+        concurrency: at once at most; the next request goes when one has ended (a closed loop).
         seconds_for_one: after which a request counts as failed.
+        starts: no request goes before its time, in seconds from the beginning (an open loop).
+        on_end: called after each request.
     """
-    requests = [_http_request(port, path, body) for body in bodies]
+    requests = [target.request(path, body) for body in bodies]
     gc.collect()
     gc.disable()
     try:
-        return uvloop.run(_closed_loop(port, requests, concurrency, seconds_for_one))
+        return uvloop.run(_run(target, requests, concurrency, seconds_for_one, starts, on_end))
     finally:
         gc.enable()
 
 
-def _http_request(port: int, path: str, body: dict[str, object]) -> bytes:
-    content = json.dumps(body).encode()
-    head = (
-        f"POST {path} HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\nContent-Type: application/json\r\n"
-        f"Content-Length: {len(content)}\r\nConnection: close\r\n\r\n"
-    )
-    return head.encode() + content
-
-
-async def _closed_loop(port: int, requests: Sequence[bytes], concurrency: int, seconds_for_one: float) -> Run:
+async def _run(
+    target: Target,
+    requests: Sequence[bytes],
+    concurrency: int,
+    seconds_for_one: float,
+    starts: Sequence[float] | None,
+    on_end: Callable[[], None],
+) -> Run:
     exchanges: list[Exchange] = []
-    pending = iter(requests)
+    pending = iter(zip(requests, starts or [0.0] * len(requests), strict=True))
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    most_late = 0.0
 
     async def work() -> None:
-        for request in pending:  # one iterator for all workers: the next free one takes the next request
+        nonlocal most_late
+        for request, due in pending:  # one iterator for all workers: the next free one takes the next request
+            if starts is not None:
+                await asyncio.sleep(begin + due - time.perf_counter())
+                most_late = max(most_late, time.perf_counter() - begin - due)
             exchange = Exchange(time.perf_counter())
             exchanges.append(exchange)
             try:
                 async with asyncio.timeout(seconds_for_one):
-                    await _post(port, request, exchange)
+                    await _post(target, request, exchange)
             except (OSError, TimeoutError) as error:
-                exchange.failure = repr(error)
+                exchange.failure = str(error) or f"no end after {seconds_for_one:.0f} s"
+            on_end()
 
-    start, start_cpu = time.perf_counter(), time.process_time()
-    await asyncio.gather(*(work() for _ in range(concurrency)))
-    return Run(exchanges, time.perf_counter() - start, time.process_time() - start_cpu)
+    await asyncio.gather(*(work() for _ in range(min(concurrency, len(requests)))))
+    return Run(exchanges, time.perf_counter() - begin, time.process_time() - begin_cpu, most_late)
 
 
-async def _post(port: int, request: bytes, exchange: Exchange) -> None:
+async def _post(target: Target, request: bytes, exchange: Exchange) -> None:
     loop = asyncio.get_running_loop()
     finished = loop.create_future()
-    transport, _ = await loop.create_connection(lambda: _Reader(exchange, finished), "127.0.0.1", port)
+    transport, _ = await loop.create_connection(
+        lambda: _Reader(exchange, finished), target.host, target.port, ssl=target.tls
+    )
     try:
         transport.write(request)
         await finished

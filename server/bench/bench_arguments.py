@@ -1,0 +1,86 @@
+"""The flags of ``inflightd bench``. Imports little, since every command makes them."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from server.bench.workload import PATHS
+
+_HELP = """\
+Sends streamed requests to a running server, any that speaks OpenAI's API, and reports tokens a second and
+percentiles of the time to the first token (TTFT), the time a token after it (TPOT) and of whole requests."""
+
+_EXAMPLES = """\
+examples:
+  inflightd bench serve --concurrency 1,8,32             closed loops: so many requests at a time
+  inflightd bench serve --rate 2,4,8 --requests 200      open loops: requests a second, Poisson arrivals
+  inflightd bench serve --prompts prompts.jsonl --json figures.json --plot figures.svg
+  inflightd bench serve --url https://host/base --endpoint chat --no-ignore-eos     another server"""
+
+
+def _numbers(kind: Callable[[str], Any], minimum: float) -> Callable[[str], tuple[Any, ...]]:
+    def parse(text: str) -> tuple[Any, ...]:
+        values = tuple(kind(part) for part in text.split(","))
+        if not all(minimum <= value < float("inf") for value in values):
+            raise argparse.ArgumentTypeError(f"{text!r}: each must be at least {minimum}")
+        return values
+
+    return parse
+
+
+def _at_least(minimum: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < minimum:
+            raise argparse.ArgumentTypeError(f"{text!r}: it must be at least {minimum}")
+        return value
+
+    return parse
+
+
+def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.description = "Measures servers."
+    kinds = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
+    serve = kinds.add_parser(
+        "serve",
+        help="load on a running server",
+        description=_HELP,
+        epilog=_EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = serve.add_argument
+    add("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
+    add("--model", help="one of the names that the server serves (default: its first)")
+    add("--api-key", metavar="KEY", help="of the server; better in INFLIGHTD_API_KEY")
+    add("--endpoint", choices=sorted(PATHS), default="completions", help="(default: %(default)s)")
+    load = serve.add_mutually_exclusive_group()
+    load.add_argument("--concurrency", type=_numbers(int, 1), default=(1, 8, 32), metavar="N[,N]",
+                      help="requests at a time, one load each (default: 1,8,32)")  # fmt: skip
+    load.add_argument("--rate", type=_numbers(float, 0.001), metavar="R[,R]",
+                      help="requests a second instead, at random times (Poisson)")  # fmt: skip
+    add("--requests", type=_at_least(1), metavar="N",
+        help="of each load (default: 8, or 4 for each at a time; 30 s of a rate)")  # fmt: skip
+    add("--prompt-words", type=_at_least(2), default=128, metavar="N",
+        help="of random prompts; a word is about a token (default: %(default)s)")  # fmt: skip
+    add("--shared-prefix-words", type=_at_least(0), default=0, metavar="N",
+        help="that all prompts begin with, on top (default: %(default)s)")  # fmt: skip
+    add("--prompts", type=Path, metavar="FILE",
+        help='prompts instead of random ones: a line each, or {"prompt": ...} in a .jsonl file')  # fmt: skip
+    add("--output-tokens", type=_at_least(1), default=128, metavar="N", help="(default: %(default)s)")
+    add("--temperature", type=float, default=0.0, help="(default: %(default)s)")
+    add(
+        "--no-ignore-eos", action="store_true", help="let answers end by themselves; plain OpenAI fields only"
+    )
+    add("--seed", default="0", help="of prompts and arrivals (default: %(default)s)")
+    add(
+        "--timeout",
+        type=float,
+        default=300.0,
+        metavar="SECONDS",
+        help="for one request (default: %(default)s)",
+    )
+    add("--json", type=Path, metavar="FILE", help="write all figures there")
+    add("--plot", type=Path, metavar="FILE.svg", help="draw latency against load there")
