@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from collections import Counter
 from collections.abc import Sequence
@@ -175,23 +176,26 @@ def plot(title: str, reports: Sequence[LoadReport]) -> str:
 
 
 def _chart(name: str, reports: Sequence[LoadReport], values: Sequence[tuple[float, float]]) -> str:
-    most_x = max(r.output_tokens_per_second for r in reports) * 1.05 or 1.0
-    most_y = max(max(pair) for pair in values) * 1e3 * 1.05 or 1.0
-    parts = [f'<text x="{_MARGIN}" y="16">{escape(name)}</text>']
-    for i in range(5):
-        y = 20 + _HEIGHT * (1 - i / 4)
-        x = _MARGIN + _WIDTH * i / 4 * 0.95
-        parts.append(f'<line x1="{_MARGIN}" x2="{_WIDTH}" y1="{y}" y2="{y}" stroke="#dddddd"/>')
-        parts.append(f'<text x="{_MARGIN - 6}" y="{y + 4}" text-anchor="end">{most_y * i / 4:.4g}</text>')
-        parts.append(
-            f'<text x="{x}" y="{_HEIGHT + 36}" text-anchor="middle">{most_x * i / 4 * 0.95:.4g}</text>'
-        )
+    x_ticks = _ticks(max(r.output_tokens_per_second for r in reports))
+    y_ticks = _ticks(max(max(pair) for pair in values) * 1e3)
+
+    def at(tokens_per_second: float, milliseconds: float) -> tuple[float, float]:
+        x = _MARGIN + (_WIDTH - _MARGIN) * tokens_per_second / x_ticks[-1]
+        return x, 20 + _HEIGHT * (1 - milliseconds / y_ticks[-1])
+
+    parts = [f'<text x="{_MARGIN}" y="14">{escape(name)}</text>']
+    for value in y_ticks:
+        _, y = at(0.0, value)
+        parts.append(f'<line x1="{_MARGIN}" x2="{_WIDTH}" y1="{y:.1f}" y2="{y:.1f}" stroke="#dddddd"/>')
+        parts.append(f'<text x="{_MARGIN - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
+    for value in x_ticks:
+        x, _ = at(value, 0.0)
+        parts.append(f'<text x="{x:.1f}" y="{_HEIGHT + 36}" text-anchor="middle">{value:g}</text>')
     parts.append(f'<text x="{_WIDTH}" y="{_HEIGHT + 52}" text-anchor="end">output tokens a second</text>')
     for which, (label, color) in enumerate(zip(("p50", "p99"), _COLORS, strict=True)):
         points = []
         for report, pair in zip(reports, values, strict=True):
-            x = _MARGIN + (_WIDTH - _MARGIN) * report.output_tokens_per_second / most_x
-            y = 20 + _HEIGHT * (1 - pair[which] * 1e3 / most_y)
+            x, y = at(report.output_tokens_per_second, pair[which] * 1e3)
             points.append(f"{x:.1f},{y:.1f}")
             parts.append(
                 f'<circle cx="{x:.1f}" cy="{y:.1f}" r="3.5" fill="{color}">'
@@ -200,3 +204,12 @@ def _chart(name: str, reports: Sequence[LoadReport], values: Sequence[tuple[floa
         parts.append(f'<polyline points="{" ".join(points)}" fill="none" stroke="{color}" stroke-width="2"/>')
         parts.append(f'<text x="{_MARGIN + 10 + 40 * which}" y="36" fill="{color}">{label}</text>')
     return "".join(parts)
+
+
+def _ticks(most: float) -> list[float]:
+    """Round numbers from 0 to the first that is at least ``most``, at most eight of them."""
+    if most <= 0:
+        return [0.0, 1.0]
+    scale = 10.0 ** (math.floor(math.log10(most)) - 1)
+    step = next(factor * scale for factor in (1, 2, 5, 10, 20, 50) if factor * scale * 6 >= most)
+    return [step * i for i in range(math.ceil(most / step) + 1)]

@@ -16,7 +16,7 @@ import uvicorn
 
 from server.api_keys import api_key
 from server.app import create_app
-from server.bench.load_report import Times, plot, report_of, table
+from server.bench.load_report import Times, _ticks, plot, report_of, table
 from server.bench.stream_client import Exchange, Run, Target
 from server.bench.workload import Workload, WorkloadError, poisson_starts, read_prompts
 from server.cli import main
@@ -140,6 +140,14 @@ def test_faults_are_told(
 ) -> None:
     assert main(["bench", "serve", "--url", url, *extra]) == 1
     assert message in capsys.readouterr().err
+
+
+def test_ticks_are_round_and_cover_everything() -> None:
+    for most in (0.003, 0.1, 0.99, 1.0, 7.2, 60.0, 100.0, 1234.5, 99999.0):
+        ticks = _ticks(most)
+        assert ticks[-2] < most <= ticks[-1] * (1 + 1e-9)
+        assert 2 <= len(ticks) <= 8
+    assert _ticks(262.8) == [0, 50, 100, 150, 200, 250, 300]
 
 
 def test_a_picture_of_one_load() -> None:
