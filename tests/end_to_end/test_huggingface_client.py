@@ -1,4 +1,4 @@
-"""Hugging Face's client, which speaks TGI, against a real server process with the real default model."""
+"""Hugging Face's client, which speaks TGI and OpenAI's API, against a real server process with the real default model."""
 
 from __future__ import annotations
 
@@ -29,3 +29,14 @@ def test_text_generation(server: ServerProcess) -> None:
     prompt = httpx.post(f"{server.url}/tokenize", json={"prompt": PROMPT}).json()["tokens"]
     assert [token.id for token in detailed.details.prefill] == prompt
     assert httpx.get(f"{server.url}/info").json()["max_total_tokens"] == 2048
+
+
+def test_chat_completion(server: ServerProcess) -> None:
+    client = InferenceClient(base_url=server.url)
+    messages = [{"role": "user", "content": "Name the capital of France."}]
+    whole = client.chat_completion(messages, max_tokens=30, temperature=0)
+    text = whole.choices[0].message.content
+    assert text is not None
+    assert "Paris" in text
+    chunks = client.chat_completion(messages, max_tokens=30, temperature=0, stream=True)
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == text
