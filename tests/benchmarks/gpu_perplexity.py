@@ -1,5 +1,5 @@
 """How much worse a model predicts text on a GPU in FP8 than in bfloat16: ``python -m
-tests.benchmarks.gpu_perplexity [MODEL] [--quantization fp8 none] [--kv-cache-dtype auto fp8]``.
+tests.benchmarks.gpu_perplexity [MODEL] [--quantization none fp8 everywhere] [--kv-cache-dtype auto fp8]``.
 
 The text and its windows are those of ``perplexity``. Log-probabilities are those that the executor reports of
 prompts, so that everything which serves takes part; the first row is bfloat16.
@@ -8,14 +8,17 @@ prompts, so that everything which serves takes part; the first row is bfloat16.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import numpy.typing as npt
 
+from engine_runtime.executors.tensorrt import model_segments
 from engine_runtime.factory import RuntimeConfig, create_executor
 from scheduler.engine_core import EngineCore
 from scheduler.executor import Executor
@@ -43,25 +46,38 @@ def negative_log_likelihoods(executor: Executor, windows: Sequence[Sequence[int]
     return np.concatenate([losses[i] for i in range(len(windows))])
 
 
+def everywhere() -> contextlib.AbstractContextManager[object]:
+    """No layer keeps its 16 bits."""
+    return mock.patch.object(model_segments, "kept_segments", return_value=frozenset())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("model", nargs="?", type=Path)
-    parser.add_argument("--quantization", nargs="*", choices=("none", "fp8"), default=["none", "fp8"])
+    parser.add_argument(
+        "--quantization",
+        nargs="*",
+        choices=("none", "fp8", "everywhere"),
+        default=["none", "fp8", "everywhere"],
+        help="everywhere: FP8 also in the layers that a narrow model keeps in bfloat16",
+    )
     parser.add_argument("--kv-cache-dtype", nargs="*", choices=("auto", "fp8"), default=["auto", "fp8"])
     options = parser.parse_args()
     path = options.model or fetch_default_model()
     windows = text_windows(path)
     print(f"{sum(len(window) - 1 for window in windows)} tokens\n")
-    print("| weights | KV cache | perplexity | to bfloat16 | standard error | seconds |")
-    print("|---|---|---|---|---|---|", flush=True)
+    print("| executor | perplexity | to bfloat16 | standard error | seconds |")
+    print("|---|---|---|---|---|", flush=True)
     exact: npt.NDArray[np.float64] | None = None
     wanted = itertools.product(options.quantization, options.kv_cache_dtype)
     for quantization, kv_cache_dtype in dict.fromkeys([("none", "auto"), *wanted]):
         config = RuntimeConfig(
-            path, device="cuda", quantization=quantization, kv_cache_dtype=kv_cache_dtype,
-            max_model_len=WINDOW + 2, max_num_batched_tokens=2048, kv_cache_bytes=1 << 30,
+            path, device="cuda", quantization="none" if quantization == "none" else "fp8",
+            kv_cache_dtype=kv_cache_dtype, max_model_len=WINDOW + 2, max_num_batched_tokens=2048,
+            kv_cache_bytes=1 << 30,
         )  # fmt: skip
-        executor, _ = create_executor(config)
+        with everywhere() if quantization == "everywhere" else contextlib.nullcontext():
+            executor, _ = create_executor(config)
         start = time.perf_counter()
         losses = negative_log_likelihoods(executor, windows)
         seconds = time.perf_counter() - start
@@ -71,7 +87,7 @@ def main() -> None:
         difference = losses - exact
         error = difference.std() / np.sqrt(len(difference))
         print(
-            f"| {quantization} | {kv_cache_dtype} | {np.exp(losses.mean()):.4f} "
+            f"| {executor.spec.device.partition('(')[2][:-1]} | {np.exp(losses.mean()):.4f} "
             f"| {np.expm1(difference.mean()):+.2%} | {error:.2%} | {seconds:.1f} |",
             flush=True,
         )

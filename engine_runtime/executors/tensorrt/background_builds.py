@@ -22,14 +22,16 @@ class EngineSource(Protocol):
     def prepare(self, kind: SegmentKind, num_tokens: int) -> None: ...
 
 
-def buckets_ready(
-    sources: Sequence[EngineSource], kinds: Sequence[SegmentKind], all_buckets: Sequence[int]
-) -> Buckets:
+Parts = Sequence[tuple[EngineSource, SegmentKind]]
+"""What a step consists of."""
+
+
+def buckets_ready(parts: Parts, all_buckets: Sequence[int]) -> Buckets:
     """The buckets, of which those are missing whose engines must still be built; never the largest."""
     missing = [
         bucket
         for bucket in all_buckets[:-1]
-        if not all(source.is_ready(kind, bucket) for source in sources for kind in kinds)
+        if not all(source.is_ready(kind, bucket) for source, kind in parts)
     ]
     return Buckets(all_buckets, missing)
 
@@ -37,18 +39,12 @@ def buckets_ready(
 class BackgroundBuilds:
     """A thread that prepares missing buckets, those first that steps asked for, then the smallest."""
 
-    def __init__(
-        self,
-        sources: Sequence[EngineSource],
-        wanted: Sequence[tuple[Buckets, Sequence[SegmentKind]]],
-        start: Callable[[], None],
-    ) -> None:
+    def __init__(self, wanted: Sequence[tuple[Buckets, Parts]], start: Callable[[], None]) -> None:
         """
         Args:
-            wanted: buckets, and the kinds of segments that each of them needs.
+            wanted: buckets, and what each of them needs.
             start: called first in the thread, to make the device current.
         """
-        self._sources = sources
         self._wanted = wanted
         self._start = start
         self._failed: set[tuple[int, int]] = set()
@@ -85,11 +81,10 @@ class BackgroundBuilds:
         self._start()
         while not self._is_closing and (found := self._next()) is not None:
             index, bucket = found
-            buckets, kinds = self._wanted[index]
+            buckets, parts = self._wanted[index]
             try:
-                for source in self._sources:
-                    for kind in kinds:
-                        source.prepare(kind, bucket)
+                for source, kind in parts:
+                    source.prepare(kind, bucket)
             except TensorRTError as error:
                 self._failed.add(found)
                 _logger.warning("steps of %d tokens are padded to the next size: %s", bucket, error)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from typing import Literal
 
 from engine_runtime.cuda import CudaError, DeviceBuffer, Stream
 from engine_runtime.executors.tensorrt.batch import StepInputs, StepShape
 from engine_runtime.executors.tensorrt.cuda_graphs import CudaGraph
+from engine_runtime.executors.tensorrt.kernel_forms import Quantization
 from engine_runtime.executors.tensorrt.segment import BoundSegment, DeviceSegment
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory
 from engine_runtime.executors.tensorrt.weights import DeviceWeights
@@ -71,7 +73,7 @@ class DeviceDecoder:
         stream: Stream,
         *,
         library: KernelLibrary,
-        segments: SegmentFactory,
+        segments: Mapping[Quantization, SegmentFactory],
         weights: DeviceWeights,
         attention: PagedAttention,
         sampler: GpuSampler,
@@ -85,6 +87,7 @@ class DeviceDecoder:
     ) -> None:
         """
         Args:
+            segments: for each form that weights have.
             max_tokens: of one run, the largest bucket.
             max_rows: of logits in one run, the largest bucket.
             max_len: positions that the rotary tables cover.
@@ -178,7 +181,8 @@ class DeviceDecoder:
         # TensorRT's contexts must go before that of the device.
         for made in (self._graphs, self._bodies, self._heads):
             made.clear()
-        self._segments.close()
+        for segments in self._segments.values():
+            segments.close()
         tables = [table for pair in self._rope.values() for table in pair]
         for buffer in (self._buffer, self._attention_workspace, *self._workspaces, *tables):
             buffer.free()
@@ -234,13 +238,13 @@ class DeviceDecoder:
         """The segments before each attention."""
         body = self._bodies.get(num_tokens)
         if body is None:
-            first = self._make("first", num_tokens)
-            body = [first.bind(self.segment_addresses(-1))]
-            num_layers = self._config.num_hidden_layers
-            if num_layers > 1:
-                middle = self._make("middle", num_tokens)
-                for layer in range(num_layers - 1):
-                    body.append(middle.bind(self.segment_addresses(layer)))
+            body = [self._make("first", -1, num_tokens).bind(self.segment_addresses(-1))]
+            middle: dict[Quantization, DeviceSegment] = {}
+            for layer in range(self._config.num_hidden_layers - 1):
+                quantization = self._weights.quantization_of(layer)
+                if quantization not in middle:
+                    middle[quantization] = self._make("middle", layer, num_tokens)
+                body.append(middle[quantization].bind(self.segment_addresses(layer)))
             self._bodies[num_tokens] = body
         return body
 
@@ -248,8 +252,8 @@ class DeviceDecoder:
         """The segment after the last attention, of all tokens or of gathered rows."""
         head = self._heads.get((num_rows, is_decode))
         if head is None:
-            segment = self._make("last", num_rows)
             layer = self._config.num_hidden_layers - 1
+            segment = self._make("last", layer, num_rows)
             addresses = self.segment_addresses(layer)
             if not is_decode:
                 addresses |= {
@@ -272,8 +276,9 @@ class DeviceDecoder:
             "logits": at["logits"],
         }
 
-    def _make(self, kind: SegmentKind, num_tokens: int) -> DeviceSegment:
-        segment = self._segments.make(kind, num_tokens)
+    def _make(self, kind: SegmentKind, layer: int, num_tokens: int) -> DeviceSegment:
+        """For all layers whose weights have the form of those of ``layer``."""
+        segment = self._segments[self._weights.quantization_of(layer)].make(kind, num_tokens)
         segment.use_workspace(self._workspace(segment.workspace_bytes))
         return segment
 

@@ -5,31 +5,24 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import Literal
 
 from engine_runtime.cuda import CudaDevice, CudaError, NoDeviceError, Stream
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError, make_plan
-from engine_runtime.executors.tensorrt.background_builds import BackgroundBuilds, buckets_ready
 from engine_runtime.executors.tensorrt.batch import DeviceBatch, StepInputs
-from engine_runtime.executors.tensorrt.buckets import decode_buckets, largest_step, token_buckets
+from engine_runtime.executors.tensorrt.buckets import largest_step
 from engine_runtime.executors.tensorrt.decoder import DeviceDecoder, KvCache, buffer_sizes
-from engine_runtime.executors.tensorrt.engine_cache import EngineCache
 from engine_runtime.executors.tensorrt.executor import MAX_IN_FLIGHT, TensorRTExecutor
-from engine_runtime.executors.tensorrt.kernel_forms import Quantization, projections
-from engine_runtime.executors.tensorrt.kernel_segment import UnsupportedSegmentError
 from engine_runtime.executors.tensorrt.library import TensorRTError
-from engine_runtime.executors.tensorrt.tactics import SegmentFactory
-from engine_runtime.executors.tensorrt.tuning import TuningSpace, tune, tuned_counts
-from engine_runtime.executors.tensorrt.weights import DeviceWeights, WeightPlan
+from engine_runtime.executors.tensorrt.model_segments import choose_segments
+from engine_runtime.executors.tensorrt.weights import DeviceWeights
 from engine_runtime.kernels.attention_layout import BLOCK_SIZE, MAX_SEQUENCES
 from engine_runtime.kernels.gpu_attention import AttentionShape, PagedAttention
 from engine_runtime.kernels.gpu_sampling import GpuSampler
 from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError
 from engine_runtime.kernels.sampling_layout import MAX_VOCAB_SIZE
 from engine_runtime.model_config import ModelConfig
-from engine_runtime.models.segment import SegmentKind
 from engine_runtime.runtime_config import DeviceError, Progress, RuntimeConfig, UnsupportedDeviceError
 from engine_runtime.weights.checkpoint import Checkpoint
 from scheduler.executor import ExecutorLostError
@@ -140,9 +133,9 @@ def _create(
     max_rows = max(max_seqs, _LEAST_ROWS)
     capacity = largest_step(max_tokens, max_rows)
     library = KernelLibrary(device)
-    segments, workspace = _make_segments(config, device, model, checkpoint, library, max_tokens, max_rows)
+    segments = choose_segments(config, model, device, library, checkpoint, max_tokens, max_rows)
     undo.callback(segments.close)
-    quantization = segments.quantization
+    weight_plan = segments.plan
     shape = AttentionShape(
         num_heads=model.num_attention_heads,
         num_kv_heads=model.num_key_value_heads,
@@ -166,13 +159,12 @@ def _create(
         )
     except ValueError as error:
         raise UnsupportedDeviceError(f"{error} (--device cpu does without)") from error
-    weight_plan = WeightPlan(model, quantization=quantization)
     free, total = device.memory()
     available = min(free, int(total * config.gpu_memory_utilization) - (total - free))
     activations = (
         sum(buffer_sizes(model, capacity, max_rows).values())
         + attention.workspace_bytes
-        + workspace
+        + segments.workspace_bytes
         + _length_bytes(model, config.max_model_len or model.max_position_embeddings, max_rows)
         + GpuSampler.device_bytes(max_rows, 2 * max_seqs)
         + GpuSampler.most_bytes_later(model.vocab_size, 2 * max_seqs)
@@ -225,7 +217,7 @@ def _create(
         model,
         stream,
         library=library,
-        segments=segments,
+        segments=segments.factories,
         weights=weights,
         attention=attention,
         sampler=sampler,
@@ -234,16 +226,13 @@ def _create(
         max_tokens=capacity,
         max_rows=max_rows,
         max_len=plan.max_model_len,
-        workspace_bytes=workspace,
+        workspace_bytes=segments.workspace_bytes,
         dtype=_DTYPE,
     )
     undo.callback(decoder.close)
-    _tune(
-        segments, decoder, model, device, stream, decode_buckets(max_rows), token_buckets(max_tokens), report
-    )
-    body: list[SegmentKind] = ["first", "middle"] if model.num_hidden_layers > 1 else ["first"]
-    rows = buckets_ready([segments], [*body, "last"], decode_buckets(max_rows))
-    tokens = buckets_ready([segments], body, token_buckets(max_tokens))
+    segments.tune(decoder, stream, report)
+    rows, tokens, builds = segments.buckets()
+    undo.callback(builds.close)
     batch = DeviceBatch(
         inputs,
         max_slots=2 * max_seqs,
@@ -255,8 +244,8 @@ def _create(
     )
     fingerprint = "random" if checkpoint is None else checkpoint.fingerprint
     kinds = ["bfloat16"]
-    if quantization == "fp8":
-        kinds.append("fp8 weights")
+    if (quantized := segments.describe()) is not None:
+        kinds.append(quantized)
     if shape.kv_dtype == "fp8":
         kinds.append("fp8 KV cache")
     spec = ExecutorSpec(
@@ -269,80 +258,11 @@ def _create(
         max_num_batched_tokens=max_tokens,
         device=f"{device.properties.name} ({', '.join(kinds)})",
     )
-    builds = BackgroundBuilds([segments], [(rows, [*body, "last"]), (tokens, body)], device.make_current)
-    undo.callback(builds.close)
     executor = TensorRTExecutor(spec, device, stream, decoder, batch, inputs, sampler, builds)
     report("first step", 0, 1)
     _warm_up(executor)
     report("first step", 1, 1)
     return executor, plan
-
-
-def _make_segments(
-    config: RuntimeConfig,
-    device: CudaDevice,
-    model: ModelConfig,
-    checkpoint: Checkpoint | None,
-    library: KernelLibrary,
-    max_tokens: int,
-    max_rows: int,
-) -> tuple[SegmentFactory, int]:
-    """What makes the segments, with the weights in the form that was asked for, and their workspace in bytes.
-
-    Raises:
-        UnsupportedDeviceError: FP8 was asked for, and no kernels compute it here.
-    """
-
-    def make(quantization: Quantization) -> tuple[SegmentFactory, int]:
-        made = SegmentFactory(model, device, EngineCache(), library, quantization=quantization)
-        return made, _workspace_bytes(made, model.num_hidden_layers, max_tokens, max_rows)
-
-    holds_fp8 = checkpoint is not None and checkpoint.holds_fp8
-    if config.quantization == "fp8" or (config.quantization == "auto" and holds_fp8):
-        try:
-            return make("fp8")
-        except UnsupportedSegmentError as error:
-            if config.quantization == "fp8":
-                raise UnsupportedDeviceError(
-                    f"--quantization fp8: {error} in FP8 on this GPU; --quantization none does without"
-                ) from error
-            _logger.warning("the checkpoint's FP8 weights become bfloat16: %s in FP8 on this GPU", error)
-    return make("none")
-
-
-def _workspace_bytes(segments: SegmentFactory, num_layers: int, max_tokens: int, max_rows: int) -> int:
-    """Of the segment that needs most."""
-    rows = decode_buckets(max_rows)
-    tokens = sorted({*token_buckets(max_tokens), *rows})
-    bodies: list[SegmentKind] = ["first", "middle"] if num_layers > 1 else ["first"]
-    return max(
-        segments.workspace_bytes("last", rows), *(segments.workspace_bytes(kind, tokens) for kind in bodies)
-    )
-
-
-def _tune(
-    segments: SegmentFactory,
-    decoder: DeviceDecoder,
-    model: ModelConfig,
-    device: CudaDevice,
-    stream: Stream,
-    rows: Sequence[int],
-    tokens: Sequence[int],
-    report: Progress,
-) -> None:
-    """Finds the fastest way to compute each segment, unless an earlier start has."""
-    last = model.num_hidden_layers - 1
-    smallest = min(shape.n * shape.k for shape in projections(model, "middle").values())
-    item = 1 if segments.quantization == "fp8" else 2
-    num_layers = min(last, -(-2 * device.properties.l2_cache // (smallest * item)))
-    space = TuningSpace(
-        {
-            "middle": [decoder.segment_addresses(layer) for layer in range(num_layers)],
-            "last": [decoder.segment_addresses(last)],
-        },
-        decoder.workspace,
-    )
-    tune(segments, tuned_counts(rows, tokens), space, stream, lambda done, size: report("tuning", done, size))
 
 
 def _length_bytes(model: ModelConfig, max_len: int, max_rows: int) -> int:

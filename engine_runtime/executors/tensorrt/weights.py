@@ -11,7 +11,7 @@ import contextlib
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from engine_runtime.executors.tensorrt.kernel_forms import Quantization
 from engine_runtime.kernels.kernel_library import Kernel, KernelLibrary, KernelsMissingError
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.build import build_segment
-from engine_runtime.models.segment import DType, WeightInput
+from engine_runtime.models.segment import DType, SegmentKind, WeightInput
 from engine_runtime.weights.checkpoint import Checkpoint
 from engine_runtime.weights.expected_tensors import EMBEDDING, LM_HEAD, is_norm
 from engine_runtime.weights.fp8_tensor import Fp8Tensor
@@ -76,28 +76,48 @@ class WeightPlan:
 
     Attributes:
         dtype: of the embedding table and of all that the segments do not want otherwise.
+        quantization: of the projections, except in segments that are kept.
         tensors: in order of layers.
         num_bytes: of the allocation.
     """
 
     def __init__(
-        self, config: ModelConfig, dtype: DType = "bfloat16", quantization: Quantization = "none"
+        self,
+        config: ModelConfig,
+        dtype: DType = "bfloat16",
+        quantization: Quantization = "none",
+        kept: Collection[int] = (),
     ) -> None:
+        """
+        Args:
+            kept: segments whose projections are not quantized, by the layer as in ``offsets``.
+        """
         self.dtype: DType = dtype
+        self._kept = kept
         self.quantization: Quantization = quantization
         self._num_layers = config.num_hidden_layers
-        self._segments = {
-            kind: build_segment(config, kind, dtype).weights for kind in ("first", "middle", "last")
-        }
+        kinds: tuple[SegmentKind, ...] = ("first", "middle", "last")
+        self._segments = {kind: build_segment(config, kind, dtype).weights for kind in kinds}
         self._offsets: dict[tuple[str, ...], int] = {}
         self._scale_offsets: dict[tuple[str, ...], int] = {}
         self._is_tied = config.tie_word_embeddings
         self.num_bytes = 0
         self.tensors: list[StoredTensor] = []
         table = WeightInput("embedding", (config.vocab_size, config.hidden_size), (EMBEDDING,), dtype)
-        self._place(config, [table])
+        self._place(config, [table], "none")
         for layer in range(-1, self._num_layers):
-            self._place(config, self._weights(layer), **_layers(layer))
+            weights = self._weights(layer)
+            self._place(config, weights, self.quantization_of(layer), **_layers(layer))
+
+    def quantization_of(self, layer: int) -> Quantization:
+        """Of the projections of a segment; ``layer`` as in ``offsets``."""
+        return "none" if layer in self._kept else self.quantization
+
+    def kinds_of(self, quantization: Quantization) -> tuple[SegmentKind, ...]:
+        """The kinds of segments that have such weights."""
+        layers = range(-1, self._num_layers)
+        found = [self._kind(layer) for layer in layers if self.quantization_of(layer) == quantization]
+        return tuple(dict.fromkeys(found))
 
     @property
     def embedding_offset(self) -> int:
@@ -118,20 +138,29 @@ class WeightPlan:
                 found[f"{weight.name}_scale"] = self._scale_offsets[sources]
         return found
 
-    def _weights(self, layer: int) -> tuple[WeightInput, ...]:
+    def _kind(self, layer: int) -> SegmentKind:
         is_last = layer == self._num_layers - 1
-        return self._segments["first" if layer < 0 else "last" if is_last else "middle"]
+        return "first" if layer < 0 else "last" if is_last else "middle"
+
+    def _weights(self, layer: int) -> tuple[WeightInput, ...]:
+        return self._segments[self._kind(layer)]
 
     def _sources(self, weight: WeightInput, **layers: int) -> tuple[str, ...]:
         names = weight.source_names(**layers)
         return (EMBEDDING,) if self._is_tied and names == (LM_HEAD,) else names
 
-    def _place(self, config: ModelConfig, weights: Iterable[WeightInput], **layers: int) -> None:
+    def _place(
+        self,
+        config: ModelConfig,
+        weights: Iterable[WeightInput],
+        quantization: Quantization,
+        **layers: int,
+    ) -> None:
         for weight in weights:
             sources = self._sources(weight, **layers)
             if sources in self._offsets:
                 continue
-            is_quantized = self.quantization == "fp8" and weight.name.endswith("_proj.weight")
+            is_quantized = quantization == "fp8" and weight.name.endswith("_proj.weight")
             offset = self._offsets[sources] = _aligned(self.num_bytes)
             scale_offset = None
             if is_quantized:
@@ -349,6 +378,10 @@ class DeviceWeights:
     def embedding(self) -> int:
         """Address of the embedding table [vocabulary, hidden size]."""
         return self._buffer.address + self._plan.embedding_offset
+
+    def quantization_of(self, layer: int) -> Quantization:
+        """As ``WeightPlan.quantization_of``."""
+        return self._plan.quantization_of(layer)
 
     def addresses(self, layer: int) -> Mapping[str, int]:
         """Addresses of a segment's weights by tensor name; ``layer`` as in ``WeightPlan.offsets``."""

@@ -9,12 +9,10 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install -e '.[gpu]'")
 
-from engine_runtime.executors.tensorrt.background_builds import BackgroundBuilds, buckets_ready
+from engine_runtime.executors.tensorrt.background_builds import BackgroundBuilds, Parts, buckets_ready
 from engine_runtime.executors.tensorrt.buckets import Buckets
 from engine_runtime.executors.tensorrt.library import TensorRTError
 from engine_runtime.models.segment import SegmentKind
-
-_BODY: Sequence[SegmentKind] = ("first", "middle")
 
 
 class SlowEngines:
@@ -38,11 +36,15 @@ class SlowEngines:
         self.built.append((kind, num_tokens))
 
 
+def _body(engines: SlowEngines) -> Parts:
+    return [(engines, "first"), (engines, "middle")]
+
+
 def test_nothing_is_missing_where_kernels_compute() -> None:
     engines = SlowEngines(ready=(1, 2, 4))
-    buckets = buckets_ready([engines], _BODY, (1, 2, 4))
+    buckets = buckets_ready(_body(engines), (1, 2, 4))
     assert buckets.missing == []
-    builds = BackgroundBuilds([engines], [(buckets, _BODY)], lambda: None)
+    builds = BackgroundBuilds([(buckets, _body(engines))], lambda: None)
     builds.wait()
     builds.close()
     assert engines.built == []
@@ -50,10 +52,10 @@ def test_nothing_is_missing_where_kernels_compute() -> None:
 
 def test_what_steps_ask_for_comes_first() -> None:
     engines = SlowEngines(ready=(64,))
-    buckets = buckets_ready([engines], _BODY, (1, 2, 4, 8, 64))
+    buckets = buckets_ready(_body(engines), (1, 2, 4, 8, 64))
     threads: list[str] = []
     builds = BackgroundBuilds(
-        [engines], [(buckets, _BODY)], lambda: threads.append(threading.current_thread().name)
+        [(buckets, _body(engines))], lambda: threads.append(threading.current_thread().name)
     )
     assert engines.begun.acquire(timeout=10)  # the smallest: nobody has asked yet
     assert [buckets.choose(7) for _ in range(3)] == [64, 64, 64]
@@ -69,9 +71,9 @@ def test_what_steps_ask_for_comes_first() -> None:
 
 def test_an_engine_that_cannot_be_built_is_left_out(caplog: pytest.LogCaptureFixture) -> None:
     engines = SlowEngines(ready=(64,), broken=(2,))
-    buckets = buckets_ready([engines], _BODY, (1, 2, 4, 64))
+    buckets = buckets_ready(_body(engines), (1, 2, 4, 64))
     engines.go.release(100)
-    builds = BackgroundBuilds([engines], [(buckets, _BODY)], lambda: None)
+    builds = BackgroundBuilds([(buckets, _body(engines))], lambda: None)
     builds.wait()
     assert [bucket for _, bucket in buckets.missing] == [2]
     assert buckets.choose(2) == 4
@@ -80,8 +82,8 @@ def test_an_engine_that_cannot_be_built_is_left_out(caplog: pytest.LogCaptureFix
 
 def test_closing_waits_for_one_engine_only() -> None:
     engines = SlowEngines(ready=(64,))
-    buckets = buckets_ready([engines], ["middle"], (1, 2, 4, 64))
-    builds = BackgroundBuilds([engines], [(buckets, ["middle"])], lambda: None)
+    buckets = buckets_ready([(engines, "middle")], (1, 2, 4, 64))
+    builds = BackgroundBuilds([(buckets, [(engines, "middle")])], lambda: None)
     assert engines.begun.acquire(timeout=10)
     threading.Timer(0.05, engines.go.release, (100,)).start()
     builds.close()
@@ -93,5 +95,6 @@ def test_two_rows_of_buckets_share_the_thread() -> None:
     rows, tokens = Buckets((1, 8), missing=(1,)), Buckets((16, 64), missing=(16,))
     tokens.choose(5)
     engines.go.release(100)
-    BackgroundBuilds([engines], [(rows, ["last"]), (tokens, ["middle"])], lambda: None).wait()
+    wanted: list[tuple[Buckets, Parts]] = [(rows, [(engines, "last")]), (tokens, [(engines, "middle")])]
+    BackgroundBuilds(wanted, lambda: None).wait()
     assert engines.built == [("middle", 16), ("last", 1)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 
@@ -16,7 +16,6 @@ pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip
 from engine_runtime.cuda import CudaDevice
 from engine_runtime.executors.memory_plan import MemoryPlanError
 from engine_runtime.executors.tensorrt import factory
-from engine_runtime.executors.tensorrt.kernel_segment import UnsupportedSegmentError
 from engine_runtime.factory import create_executor
 from engine_runtime.kernels.kernel_library import KernelsMissingError
 from engine_runtime.runtime_config import DeviceError, RuntimeConfig
@@ -91,62 +90,6 @@ def test_auto_does_not_take_the_cpu_for_what_only_a_gpu_does(
     assert old_gpu.num_closed == 1
 
 
-class FakeSegments:
-    """Makes what a set of (quantization, kind) says, else refuses."""
-
-    supported: ClassVar[set[tuple[str, str]]] = set()
-
-    def __init__(
-        self, model: Any, device: Any, cache: Any, library: Any, *, quantization: str = "none"
-    ) -> None:
-        self.quantization = quantization
-
-    def workspace_bytes(self, kind: str, buckets: Sequence[int]) -> int:
-        if (self.quantization, kind) not in self.supported:
-            raise UnsupportedSegmentError(f"no kernel computes qkv for {buckets[-1]} tokens")
-        return buckets[-1]
-
-
-_ALL = {(form, kind) for form in ("none", "fp8") for kind in ("first", "middle", "last")}
-
-
-@pytest.mark.parametrize(
-    ("asked", "holds_fp8", "supported", "expected"),
-    [
-        ("auto", False, _ALL, "none"),
-        ("auto", True, _ALL, "fp8"),
-        ("auto", True, _ALL - {("fp8", "last")}, "none"),
-        ("none", True, _ALL, "none"),
-        ("fp8", False, _ALL, "fp8"),
-    ],
-)
-def test_weights_are_quantized_if_asked_for_or_if_the_checkpoint_is(
-    asked: str,
-    holds_fp8: bool,
-    supported: set[tuple[str, str]],
-    expected: str,
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr(factory, "SegmentFactory", FakeSegments)
-    monkeypatch.setattr(FakeSegments, "supported", supported)
-    config: Any = SimpleNamespace(quantization=asked)
-    nothing: Any = None
-    checkpoint: Any = SimpleNamespace(holds_fp8=holds_fp8)
-    model = tiny_config("llama")
-    made, workspace = factory._make_segments(config, nothing, model, checkpoint, nothing, 64, 8)
-    assert made.quantization == expected
-    assert workspace == 64
-
-
-def test_fp8_that_no_kernel_computes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(factory, "SegmentFactory", FakeSegments)
-    nothing: Any = None
-    with pytest.raises(DeviceError, match="--quantization none does without"):
-        factory._make_segments(
-            RuntimeConfig(Path(), quantization="fp8"), nothing, tiny_config("llama"), None, nothing, 64, 8
-        )
-
-
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -193,23 +136,6 @@ def test_what_no_kernel_takes_is_refused_first(
             RuntimeConfig(Path(), **arguments), device, model, None, lambda what, done, total: None
         )
     assert device.num_closed == 1
-
-
-@pytest.mark.parametrize(("num_layers", "kinds"), [(1, ["first", "last"]), (2, ["first", "last", "middle"])])
-def test_the_workspace_is_that_of_the_segments_and_buckets_that_there_are(
-    num_layers: int, kinds: list[str]
-) -> None:
-    asked: dict[str, list[int]] = {}
-
-    def workspace_bytes(kind: str, buckets: Any) -> int:
-        asked[kind] = list(buckets)
-        return {"first": 700, "middle": 900, "last": 800}[kind]
-
-    segments: Any = SimpleNamespace(workspace_bytes=workspace_bytes)
-    assert factory._workspace_bytes(segments, num_layers, 64, 8) == (800 if num_layers == 1 else 900)
-    assert sorted(asked) == kinds
-    assert asked["last"] == [1, 2, 4, 8]
-    assert asked["first"] == [1, 2, 4, 8, 16, 32, 64]
 
 
 def test_tables_are_counted_for_each_kind_of_rotation() -> None:
