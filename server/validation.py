@@ -37,6 +37,8 @@ W = TypeVar("W", bound=ModelFields)
 S = TypeVar("S", bound=SamplingFields)
 
 _SEED_MASK = 2**63 - 1
+# What clients of TGI, which takes any name, call the one model of a server: its documentation and its client.
+_ANY_MODEL = frozenset({"tgi", "dummy"})
 # What OpenAI and vLLM give a text completion that does not say.
 _COMPLETION_MAX_TOKENS = 16
 
@@ -176,6 +178,8 @@ class Validator:
                 wire = await asyncio.to_thread(model.model_validate, body)
         except ValidationError as error:
             raise invalid_field(error) from None
+        if wire.model in _ANY_MODEL and wire.model not in self._served_model_names:
+            wire = wire.model_copy(update={"model": None})
         if wire.model is not None and wire.model not in self._served_model_names:
             raise ModelNotFoundError(
                 f"The model {excerpt(wire.model)} does not exist. This server has: "

@@ -1,4 +1,4 @@
-"""Hugging Face's client, which speaks TGI and OpenAI's API, against a real server process with the real default model."""
+"""Hugging Face's client against a real server process with the real default model."""
 
 from __future__ import annotations
 

@@ -18,7 +18,7 @@ from server.config import ServerConfig
 from server.errors import EngineDeadError
 from server.tokenizer import Tokenizer
 from tests.server.http_client import MODEL, api, serving
-from tests.server.in_process_engine import SPEC, ScriptedEngine
+from tests.server.in_process_engine import SPEC, ScriptedEngine, tokens
 
 PROMPT = "The capital"
 TEXT = " of France is 🙂 Paris."
@@ -234,6 +234,15 @@ async def test_errors_reach_the_client(tokenizer: Tokenizer) -> None:
         engine.is_ready = False
         with pytest.raises(OverloadedError):
             await client.text_generation(PROMPT, stream=True)
+
+
+@pytest.mark.parametrize("name", ["tgi", "dummy"])
+async def test_what_clients_call_any_model(tokenizer: Tokenizer, name: str) -> None:
+    engine = ScriptedEngine(tokens([1]))
+    body = {"messages": [{"role": "user", "content": "Hi"}], "model": name}
+    async with api(engine, tokenizer) as client:
+        assert (await client.post("/v1/chat/completions", json=body)).json()["model"] == MODEL
+        assert (await client.post("/v1/chat/completions", json=body | {"model": "x"})).status_code == 404
 
 
 async def test_info(tokenizer: Tokenizer) -> None:
