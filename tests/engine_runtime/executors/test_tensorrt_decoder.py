@@ -1,0 +1,68 @@
+"""Which segment computes which layer; the device is a list of names."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install -e '.[gpu]'")
+
+from engine_runtime.executors.tensorrt.decoder import DeviceDecoder
+from tests.engine_runtime.tiny_configs import tiny_config
+
+_FORMS = {-1: "none", 0: "fp8", 1: "none", 2: "fp8", 3: "none"}
+
+
+class NamedSegments:
+    """Segments that say what they were bound to."""
+
+    def __init__(self, form: str) -> None:
+        self.made: list[tuple[str, int]] = []
+        self._form = form
+
+    def make(self, kind: str, num_tokens: int) -> Any:
+        self.made.append((kind, num_tokens))
+        name = f"{self._form} {kind} {num_tokens}"
+        return SimpleNamespace(
+            workspace_bytes=7,
+            use_workspace=lambda address: None,
+            bind=lambda addresses: (name, addresses["weights"], addresses["attention"]),
+        )
+
+
+def _decoder() -> tuple[Any, dict[str, NamedSegments]]:
+    decoder: Any = DeviceDecoder.__new__(DeviceDecoder)
+    factories = {form: NamedSegments(form) for form in ("none", "fp8")}
+    layers = tiny_config("llama").layers[:1] * 4
+    decoder._config = tiny_config("llama", num_hidden_layers=4, layers=layers)
+    decoder._segments = factories
+    decoder._weights = SimpleNamespace(
+        quantization_of=_FORMS.__getitem__, addresses=lambda layer: {"weights": layer}
+    )
+    names = ("residual.0", "residual.1", "attention", "qkv", "logits", "row_attention", "row_residual")
+    decoder._at = {name: name for name in names}
+    decoder._workspaces = [SimpleNamespace(num_bytes=100, address=256)]
+    decoder._bodies, decoder._heads = {}, {}
+    return decoder, factories
+
+
+def test_each_layer_gets_a_segment_of_the_form_of_its_weights() -> None:
+    decoder, factories = _decoder()
+    assert decoder._body(16) == [
+        ("none first 16", -1, "attention"),
+        ("fp8 middle 16", 0, "attention"),
+        ("none middle 16", 1, "attention"),
+        ("fp8 middle 16", 2, "attention"),
+    ]
+    assert decoder._body(16) is decoder._body(16)
+    assert factories["none"].made == [("first", 16), ("middle", 16)]
+    assert factories["fp8"].made == [("middle", 16)]
+
+
+def test_the_head_reads_gathered_rows_unless_all_tokens_sample() -> None:
+    decoder, factories = _decoder()
+    assert decoder._head(8, is_decode=True) == ("none last 8", 3, "attention")
+    assert decoder._head(8, is_decode=False) == ("none last 8", 3, "row_attention")
+    assert factories["fp8"].made == []
