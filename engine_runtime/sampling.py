@@ -1,7 +1,7 @@
 """From logits to tokens on the CPU.
 
-A row of logits becomes a token in this order, which is vLLM's: forbid stop tokens before ``min_tokens``, add
-``logit_bias``, repetition penalty, frequency and presence penalties; then either the most likely token, or
+A row of logits becomes a token in this order, which is vLLM's: forbid stop tokens before ``min_tokens``, or
+all tokens that a grammar's mask does not allow, add ``logit_bias``, repetition penalty, frequency and presence penalties; then either the most likely token, or
 temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the logits as they came.
 
 The random number of a token is a hash of (seed, position), so a sequence gets the same tokens in any batch,
@@ -16,7 +16,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from engine_runtime.kernels.cpu_sampling import BLOCK, apply_penalties, draw_rows, find_maxima, report
+from engine_runtime.kernels.cpu_sampling import (
+    BLOCK,
+    apply_mask,
+    apply_penalties,
+    draw_rows,
+    find_maxima,
+    report,
+)
 from engine_runtime.kernels.numpy_types import Float32Array, Float64Array, Int32Array
 from scheduler.messages import SampledToken, SamplingParams, TokenLogprobs
 
@@ -48,12 +55,15 @@ class SamplingRow:
     Attributes:
         token_ids: int32, prompt and generated tokens so far. The token to sample has the position
         ``len(token_ids)``. num_prompt_tokens: how many of ``token_ids`` are the prompt.
+        mask: int32 [at least vocabulary / 32] of a grammar, least significant bit first; a set bit allows a
+        token. It says by itself which stop tokens may come.
     """
 
     request_id: str
     params: SamplingParams
     token_ids: Int32Array
     num_prompt_tokens: int
+    mask: Int32Array | None = None
 
 
 class Sampler:
@@ -143,7 +153,9 @@ class Sampler:
     def _compile(self) -> None:
         """Uses every kernel once, so that no request waits for the compiler."""
         params = SamplingParams(top_p=0.5, repetition_penalty=2.0, logprobs=1)
-        row = SamplingRow("", params, np.zeros(1, np.int32), 1)
+        mask = np.full(-(-self.vocab_size // 32), -1, np.int32)
+        mask.flags.writeable = False  # as those of a step
+        row = SamplingRow("", params, np.zeros(1, np.int32), 1, mask)
         self.sample(np.zeros((1, self.vocab_size), np.float32), [row])
 
     def _draw(
@@ -179,7 +191,9 @@ class Sampler:
 
     def _change_logits(self, logits: Float32Array, i: int, row: SamplingRow) -> None:
         params = row.params
-        if _forbids_stop(row):
+        if row.mask is not None:
+            apply_mask(logits, i, row.mask)
+        elif _forbids_stop(row):
             stop = np.array(params.stop_token_ids, np.int64)
             logits[i, stop[(stop >= 0) & (stop < self.vocab_size)]] = -np.inf
         for token_id, bias in params.logit_bias:
@@ -224,4 +238,9 @@ def _penalizes(params: SamplingParams) -> bool:
 
 
 def _changes_logits(row: SamplingRow) -> bool:
-    return bool(row.params.logit_bias) or _penalizes(row.params) or _forbids_stop(row)
+    return (
+        row.mask is not None
+        or bool(row.params.logit_bias)
+        or _penalizes(row.params)
+        or _forbids_stop(row)
+    )

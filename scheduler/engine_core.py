@@ -7,7 +7,15 @@ from collections import deque
 from concurrent.futures import Future
 
 from scheduler.executor import Executor, ExecutorLostError
-from scheduler.messages import EngineOutputs, EngineStats, ModelRunnerOutput, Request, SchedulerOutput
+from scheduler.grammars import Grammars, NoGrammars
+from scheduler.messages import (
+    EngineOutputs,
+    EngineStats,
+    FinishReason,
+    ModelRunnerOutput,
+    Request,
+    SchedulerOutput,
+)
 from scheduler.scheduler import Scheduler
 from scheduler.scheduler_config import SchedulerConfig
 
@@ -19,11 +27,15 @@ class EngineCore:
 
     Callers add and abort requests and call ``step`` while ``has_work``. With an executor that allows two
     steps in flight, a step is scheduled and handed over while the device runs the one before it.
+
+    A request with a grammar has work only once the grammar is compiled: whoever waits for work must be woken
+    by ``grammars``.
     """
 
-    def __init__(self, executor: Executor) -> None:
+    def __init__(self, executor: Executor, grammars: Grammars | None = None) -> None:
         spec = executor.spec
         self._executor = executor
+        self._grammars = grammars or NoGrammars()
         self._scheduler = Scheduler(
             SchedulerConfig(
                 num_blocks=spec.num_blocks,
@@ -33,7 +45,8 @@ class EngineCore:
                 max_model_len=spec.max_model_len,
                 vocab_size=spec.vocab_size,
                 cache_seed=spec.model_id,
-            )
+            ),
+            self._grammars,
         )
         self._in_flight: deque[tuple[SchedulerOutput, Future[ModelRunnerOutput]]] = deque()
 
@@ -46,6 +59,8 @@ class EngineCore:
         Raises:
             ExecutorLostError: the device is lost, and with it all that runs.
         """
+        for request, error in self._grammars.take_prepared():
+            self._scheduler.add(request, error)
         step = self._scheduler.schedule()
         if step is not None:
             self._in_flight.append((step, self._executor.execute(step)))
@@ -67,19 +82,24 @@ class EngineCore:
 
         Raises ValueError if a request of this id is not finished yet.
         """
-        self._scheduler.add(request)
+        if request.grammar is None:
+            self._scheduler.add(request)
+        else:
+            self._grammars.prepare(request)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once: its blocks are free, its last output (ABORT) comes with the next ``step``.
 
         Nothing happens if it is unknown or finished.
         """
+        if self._grammars.forget(request_id):
+            self._scheduler.refuse(request_id, FinishReason.ABORT)
         self._scheduler.abort(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to compute, to wait for or to return."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._grammars.has_prepared
 
     @property
     def stats(self) -> EngineStats:
@@ -94,4 +114,5 @@ class EngineCore:
         for _, future in self._in_flight:
             future.exception()
         self._in_flight.clear()
+        self._grammars.shutdown()
         self._executor.shutdown()

@@ -78,6 +78,8 @@ class Request:
         cache_salt: requests share prefix-cache blocks only with requests of the same salt.
         generated_token_ids: what an engine generated before it died; generation goes on after these tokens,
             and they are not reported again.
+        grammar: what the answer must follow, as the engine's ``Grammars`` read it; None allows everything.
+            It has been compiled once before and was found good.
     """
 
     request_id: str
@@ -87,6 +89,49 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     generated_token_ids: tuple[int, ...] = ()
+    grammar: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Vocabulary:
+    """What grammars have to know of the tokenizer.
+
+    Attributes:
+        tokenizer: in the JSON format of the ``tokenizers`` library.
+        eos_token_ids: any of them ends a text.
+    """
+
+    tokenizer: str
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """How a grammar goes on behind a token.
+
+    Attributes:
+        forced_token_ids: tokens that must come next, so that nobody need ask the model.
+        has_ended: the text is complete with the last of these tokens, which is no part of it.
+        error: the grammar cannot go on.
+    """
+
+    forced_token_ids: tuple[int, ...] = ()
+    has_ended: bool = False
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class TokenMasks:
+    """Which tokens may be sampled next.
+
+    Attributes:
+        request_ids: one a row.
+        bits: rows of equal length, at least ceil(vocab_size / 32) little-endian 32-bit words, least significant
+            bit first. A set bit allows a token.
+    """
+
+    request_ids: tuple[str, ...]
+    bits: bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -194,12 +239,19 @@ class ScheduledSequence:
 
 @dataclass(frozen=True, slots=True)
 class SchedulerOutput:
-    """One step for the executor, in this order: forget ``released``, learn ``new``, compute ``scheduled``."""
+    """One step for the executor: forget ``released``, learn ``new`` and ``forced``, compute ``scheduled``.
+
+    Attributes:
+        forced: (request id, tokens) that follow the last token of a known sequence without being sampled.
+        masks: of the sequences that sample under a grammar. They already respect ``min_tokens``.
+    """
 
     step_id: int
     new: tuple[NewSequence, ...]
     scheduled: tuple[ScheduledSequence, ...]
     released: tuple[str, ...]
+    forced: tuple[tuple[str, tuple[int, ...]], ...] = ()
+    masks: TokenMasks | None = None
 
     @property
     def num_tokens(self) -> int:

@@ -7,6 +7,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from scheduler.block_pool import BlockPool
+from scheduler.grammars import Grammars
 from scheduler.messages import (
     EngineOutput,
     EngineStats,
@@ -52,8 +53,9 @@ class Scheduler:
     and no step in flight writes into an indexed block.
     """
 
-    def __init__(self, config: SchedulerConfig) -> None:
+    def __init__(self, config: SchedulerConfig, grammars: Grammars) -> None:
         self._config = config
+        self._grammars = grammars
         self._pool = BlockPool(config.num_blocks, config.block_size, config.cache_seed)
         self._waiting = WaitingQueue()
         # In order of admission: a prompt in chunks takes all the budget that is left, so all who decode stand
@@ -62,6 +64,7 @@ class Scheduler:
         self._sequences: dict[str, Sequence] = {}  # waiting and running
         self._in_flight: deque[list[Sequence]] = deque()
         self._released: list[str] = []  # to be told to the executor with the next step
+        self._forced: dict[str, tuple[int, ...]] = {}  # the same, of running sequences
         self._outputs: list[EngineOutput] = []
         self._num_issued_steps = 0
         self._num_completed_steps = 0
@@ -73,23 +76,26 @@ class Scheduler:
 
     # ---- requests ----
 
-    def add(self, request: Request) -> None:
-        """Puts a request in the queue, or finishes it with ERROR if it can never run.
+    def add(self, request: Request, error: str | None = None) -> None:
+        """Puts a request in the queue, or finishes it with ERROR if it can never run or has an error.
 
         Raises ValueError if a request of this id is not finished yet.
         """
         if request.request_id in self._sequences:
             raise ValueError(f"request {request.request_id!r} is running already")
-        error = self._config.reason_to_refuse(request)
+        error = error or self._config.reason_to_refuse(request)
         if error:
-            self._outputs.append(
-                EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, error=error)
-            )
+            self.refuse(request.request_id, FinishReason.ERROR, error)
             return
         self._num_arrivals += 1
         sequence = Sequence(request, self._num_arrivals, self._config.max_num_tokens)
         self._sequences[request.request_id] = sequence
         self._waiting.add(sequence)
+
+    def refuse(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
+        """Ends a request that was never added."""
+        self._grammars.forget(request_id)
+        self._outputs.append(EngineOutput(request_id, finish_reason=reason, error=error))
 
     def abort(self, request_id: str) -> None:
         """Ends a request, wherever it is. Nothing happens if it is unknown or finished."""
@@ -111,8 +117,14 @@ class Scheduler:
         self._num_scheduled_tokens += self._config.max_num_batched_tokens - step.budget
         self._in_flight.append(list(step.shares))
         released, self._released = self._released, []
+        forced, self._forced = self._forced, {}
         return SchedulerOutput(
-            self._num_issued_steps, tuple(step.new), tuple(step.shares.values()), tuple(released)
+            self._num_issued_steps,
+            tuple(step.new),
+            tuple(step.shares.values()),
+            tuple(released),
+            tuple(forced.items()),
+            self._grammars.masks(step.shares.values()),
         )
 
     def _schedule_running(self, step: _Step) -> None:
@@ -124,6 +136,8 @@ class Scheduler:
                 continue
             if sequence.num_tokens == sequence.max_num_tokens:  # its last token is in flight
                 continue
+            if sequence.has_grammar and sequence.num_tokens > len(sequence.token_ids):
+                continue  # what may come next depends on a token in flight
             num_tokens = sequence.num_tokens - sequence.num_computed_tokens
             if num_tokens > step.budget:
                 num_tokens = step.budget
@@ -284,12 +298,22 @@ class Scheduler:
             self._end(sequence, FinishReason.ERROR, "the logits were not finite numbers")
             return
         finish_reason = sequence.append(token.token_id)
+        token_ids: tuple[int, ...] = (token.token_id,)
+        if sequence.has_grammar:
+            accepted = self._grammars.accept(sequence.request_id, token.token_id)
+            if accepted.error is not None:
+                self._end(sequence, FinishReason.ERROR, accepted.error)
+                return
+            forced, finish_reason = sequence.follow(accepted, finish_reason)
+            if forced and sequence.is_running:
+                self._forced[sequence.request_id] = forced
+            token_ids += forced
         params = sequence.request.params
-        is_first = len(sequence.token_ids) == sequence.num_prompt_tokens + 1
+        is_first = len(sequence.token_ids) == sequence.num_prompt_tokens + len(token_ids)
         self._outputs.append(
             EngineOutput(
                 sequence.request_id,
-                (token.token_id,),
+                token_ids,
                 None if params.logprobs is None or token.logprobs is None else (token.logprobs,),
                 tuple(sequence.prompt_logprobs) if is_first and params.prompt_logprobs is not None else None,
                 finish_reason,
@@ -316,6 +340,8 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         sequence.is_finished = True
         del self._sequences[sequence.request_id]
+        if sequence.has_grammar:
+            self._grammars.forget(sequence.request_id)
         if sequence.is_running:
             self._leave_running(sequence)
         else:
@@ -325,6 +351,7 @@ class Scheduler:
         self._running.remove(sequence)
         self._pool.release(sequence.block_ids)
         self._released.append(sequence.request_id)
+        self._forced.pop(sequence.request_id, None)
         sequence.is_running = False
         sequence.block_ids = []
         sequence.num_computed_tokens = 0

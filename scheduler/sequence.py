@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from scheduler.block_pool import BlockKey
-from scheduler.messages import FinishReason, Request, TokenLogprobs
+from scheduler.messages import Accepted, FinishReason, Request, TokenLogprobs
 
 
 class Sequence:
@@ -26,12 +26,14 @@ class Sequence:
         resume_after_step: id of the last step issued before the sequence was preempted: until its result
             is known, tokens of the sequence may be missing, so it is not admitted again.
         is_running: holds blocks, and the executor knows it.
+        has_grammar: the next token may be sampled only when the last one is known.
     """
 
     __slots__ = (
         "block_ids",
         "block_keys",
         "first_scheduled_time",
+        "has_grammar",
         "is_finished",
         "is_running",
         "max_num_tokens",
@@ -71,6 +73,7 @@ class Sequence:
         self.resume_after_step = 0
         self.is_running = False
         self.is_finished = False
+        self.has_grammar = request.grammar is not None
 
     def append(self, token_id: int) -> FinishReason | None:
         """Takes the token that a step sampled (``num_tokens`` counts it already); says if it is the last."""
@@ -81,6 +84,24 @@ class Sequence:
         if num_tokens >= self.max_num_tokens:
             return FinishReason.LENGTH
         return None
+
+    def follow(
+        self, accepted: Accepted, reason: FinishReason | None
+    ) -> tuple[tuple[int, ...], FinishReason | None]:
+        """Takes what a grammar forces behind the last token, of which ``append`` said ``reason``.
+
+        Returns:
+            The tokens taken, which no step has sampled, and whether the last of all is the last one.
+        """
+        forced = accepted.forced_token_ids
+        num_taken = 0
+        while reason is None and num_taken < len(forced):
+            self.num_tokens += 1
+            reason = self.append(forced[num_taken])
+            num_taken += 1
+        if accepted.has_ended and num_taken == len(forced):
+            reason = FinishReason.STOP
+        return forced[:num_taken], reason
 
     def add_prompt_logprobs(self, start: int, records: tuple[TokenLogprobs, ...]) -> None:
         """Takes the records of prompt tokens ``start + 1`` on; what a recomputation repeats is dropped."""

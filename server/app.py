@@ -11,6 +11,7 @@ from server.config import ServerConfig
 from server.cors import Cors
 from server.engine_protocol import EngineClient
 from server.errors import ApiError, MethodNotAllowedError, UnknownUrlError, excerpt
+from server.grammar_check import GrammarCheck
 from server.guard import Guard, api_error
 from server.metrics import Metrics
 from server.model_formats import model_formats
@@ -29,6 +30,7 @@ from server.routes import (
     tokens,
 )
 from server.service import Service
+from server.structured_output import StructuredOutput
 from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
 from server.validation import Validator
@@ -43,13 +45,20 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
     tokenization = Tokenization(tokenizer)
     metrics = Metrics(config.metrics_prefix, config.served_model_names[0], engine)
     formats = model_formats(tokenizer.chat_template, config.tool_call_parser, config.reasoning_parser)
+    check = GrammarCheck(tokenizer)
+    metrics.grammar_check = check
     validator = Validator(
-        engine, tokenization, config.served_model_names, metrics.count_unknown_field, formats
+        engine,
+        tokenization,
+        StructuredOutput(check, tokenizer.special_token_names),
+        config.served_model_names,
+        metrics.count_unknown_field,
+        formats,
     )
     # No documentation pages: they load scripts from elsewhere.
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     store = ResponseMemory() if config.responses_db is None else ResponseDatabase(config.responses_db)
-    app.state.service = Service(config, engine, tokenization, metrics, validator, store)
+    app.state.service = Service(config, engine, tokenization, metrics, validator, store, check)
     for routes in (chat, completions, responses, embeddings, anthropic, models, health, tokens, tgi, page):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_api_error)

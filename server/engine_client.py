@@ -14,7 +14,14 @@ from collections import deque
 from collections.abc import AsyncGenerator, Callable
 from typing import NoReturn
 
-from scheduler.messages import EngineOutput, EngineOutputs, EngineStats, ExecutorSpec, Request
+from scheduler.messages import (
+    EngineOutput,
+    EngineOutputs,
+    EngineStats,
+    ExecutorSpec,
+    Request,
+    Vocabulary,
+)
 from server.config import ServerConfig
 from server.errors import ApiError, EngineDeadError, InternalError
 from server.histogram import STEP_TOKENS_BUCKETS, Histogram
@@ -143,6 +150,7 @@ class ZmqEngineClient:
         self._connection: ApiEnd | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._spec: ExecutorSpec | None = None
+        self._vocabulary: Vocabulary | None = None
         self._is_ready = False
         self._failure: str | None = None
         self.stats = EngineStats()
@@ -162,6 +170,12 @@ class ZmqEngineClient:
     def start(self) -> None:
         """Starts the engine process; returns at once."""
         self._supervisor = asyncio.create_task(self._supervise())
+
+    def provide(self, vocabulary: Vocabulary) -> None:
+        """What this and every later engine process needs for grammars."""
+        self._vocabulary = vocabulary
+        if self._connection is not None:
+            self._connection.send(Kind.VOCABULARY, vocabulary)
 
     async def stop(self) -> None:
         """Asks the engine to quit, waits a moment, and ends it if it does not."""
@@ -232,6 +246,8 @@ class ZmqEngineClient:
             exited = asyncio.create_task(process.wait())
             try:
                 connection.send(Kind.START, self._start_message)
+                if self._vocabulary is not None:
+                    connection.send(Kind.VOCABULARY, self._vocabulary)
                 await asyncio.wait((reader, exited), return_when=asyncio.FIRST_COMPLETED)
                 self._is_ready = False
                 # What the engine still had to say is in the socket: let it be read.

@@ -26,15 +26,7 @@ from server.responses_protocol import FunctionTool, ResponsesRequest, TextConfig
 
 # Values besides ``null`` with which a field changes nothing.
 _UNSUPPORTED_ANYWHERE: Mapping[str, tuple[Any, ...]] = {
-    "response_format": ({"type": "text"},),
     "service_tier": ("auto", "default"),
-    "guided_json": (),
-    "guided_regex": (),
-    "guided_choice": (),
-    "guided_grammar": (),
-    "guided_decoding_backend": (),
-    "guided_whitespace_pattern": (),
-    "structured_outputs": (),
     "structural_tag": (),
     "use_beam_search": (False,),
     "length_penalty": (1,),
@@ -89,7 +81,6 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "typical_p": (),
         "watermark": (False,),
         "best_of": (1,),
-        "grammar": (),
         "adapter_id": (),
     },
     StreamOptions: {"continuous_usage_stats": (False,)},
@@ -126,6 +117,7 @@ _IGNORED = frozenset(
         "refusal",
         "request_id",
         "include_obfuscation",
+        "guided_decoding_backend",
         "cache_control",
         "effort",
     }

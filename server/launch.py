@@ -118,6 +118,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
             tokenizer = await loop.run_in_executor(None, load_tokenizer, source.path)
         except TokenizerError as error:
             raise LaunchError(str(error)) from None
+        engine.provide(tokenizer.vocabulary)
         try:
             app = create_app(config, engine, tokenizer)
         except ResponseDatabaseError as error:
@@ -141,7 +142,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         watcher = asyncio.create_task(_exit_on(failed, server))
         await server.serve(sockets=[listener])
         watcher.cancel()
-        app.state.service.responses.close()
+        app.state.service.close()
     finally:
         await engine.stop()
     if failures:
@@ -193,6 +194,7 @@ def run_engine(address: str, parent_id: int) -> int:
             RuntimeConfig,
             create_executor,
         )
+        from engine_runtime.grammars.matchers import GrammarMatchers
         from scheduler.engine_core import EngineCore
         from scheduler.executor import ExecutorLostError
 
@@ -219,13 +221,14 @@ def run_engine(address: str, parent_id: int) -> int:
         except (CheckpointError, DeviceError, MemoryPlanError) as error:
             end.send(Kind.FAILED, str(error))
             return 1
-        core = EngineCore(executor)
+        grammars = GrammarMatchers(executor.spec.vocab_size, end.wake)
+        core = EngineCore(executor, grammars)
         # What was loaded stays: the collector need not walk it again in the middle of a step.
         gc.collect()
         gc.freeze()
         end.send(Kind.READY, Ready(executor.spec, plan.table(), time.monotonic() - began))
         try:
-            end.run(core)
+            end.run(core, grammars.learn, grammars.warm_up)
         except ExecutorLostError as error:
             _log.critical("the engine ends: %s", error)
             logging.shutdown()

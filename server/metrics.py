@@ -19,6 +19,7 @@ from prometheus_client.registry import Collector
 from scheduler.messages import EngineOutput, FinishReason, Request
 from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
+from server.grammar_check import GrammarCheck
 from server.histogram import Histogram, one_two_five_buckets
 
 _TTFT_BUCKETS = (
@@ -50,6 +51,7 @@ class Metrics(Collector):
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
         self._engine = engine
+        self.grammar_check: GrammarCheck | None = None
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self._finished: Counter[FinishReason] = Counter(dict.fromkeys(FinishReason, 0))
@@ -115,6 +117,17 @@ class Metrics(Collector):
             "prompt_tokens", "Prompt tokens of requests that began to answer.", self.prompt_tokens
         )
         yield self._counter("generation_tokens", "Generated tokens.", self.generation_tokens)
+        check = self.grammar_check
+        yield self._counter(
+            "grammar_compilations",
+            "Grammars of requests that were compiled to check them.",
+            check.num_compiled if check else 0,
+        )
+        yield self._counter(
+            "grammar_refusals",
+            "Grammars of requests that turned out to be wrong or too complex.",
+            check.num_refused if check else 0,
+        )
         yield self._success()
         yield self._unknown()
         for name, histogram, help_text in (

@@ -11,8 +11,12 @@ from __future__ import annotations
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 from pydantic_core import PydanticCustomError, PydanticKnownError
+
+from server.constraint_fields import Choices, ResponseFormat, Schema, StructuredOutputs, TgiGrammar
+from server.wire_model import WireModel as WireModel
+from server.wire_model import expected as expected
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
@@ -71,19 +75,11 @@ def _tag_of_prompt(value: Any) -> str | None:
     return "<ids>" if isinstance(first, int) else "<texts>"
 
 
-def expected(what: str) -> dict[str, Any]:
-    return {"custom_error_type": "wrong_type", "custom_error_message": f"expected {what}"}
-
-
 # Tags of alternatives stand in angle brackets, so that ``field_errors`` can leave them out of a path.
 Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_not_negative_zero)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
-
-
-class WireModel(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow", frozen=True)
 
 
 class TextPart(WireModel):
@@ -247,6 +243,13 @@ class SamplingFields(ModelFields):
     skip_special_tokens: bool | None = None
     priority: Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
+    response_format: ResponseFormat | None = None
+    guided_json: Schema | None = None
+    guided_regex: str | None = None
+    guided_choice: Choices | None = None
+    guided_grammar: str | None = None
+    guided_whitespace_pattern: str | None = None
+    structured_outputs: StructuredOutputs | None = None
     user: str | None = None
 
 
@@ -307,6 +310,7 @@ class GenerateParameters(WireModel):
     return_full_text: bool | None = None
     details: bool | None = None
     decoder_input_details: bool | None = None
+    grammar: TgiGrammar | None = None
 
 
 class GenerateRequest(ModelFields):

@@ -19,6 +19,7 @@ from server.call import Call
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
+from server.grammar_check import GrammarCheck
 from server.json_body import read_json_object
 from server.metrics import Metrics
 from server.response_store import ResponseStore
@@ -42,6 +43,7 @@ class Service:
     metrics: Metrics
     validator: Validator
     responses: ResponseStore
+    grammar_check: GrammarCheck
     started: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -56,6 +58,11 @@ class Service:
         if not self.engine.is_ready:
             raise EngineDeadError("the engine is not ready")
         return body, num_bytes
+
+    def close(self) -> None:
+        """Gives back what outlives a request."""
+        self.responses.close()
+        self.grammar_check.close()
 
     def answer_to(self, call: Call, form: AnswerForm) -> Answer:
         return Answer(call, self.engine, self.tokenization.tokenizer, self.metrics, form)

@@ -8,6 +8,7 @@ from server.call import Call
 from server.engine_protocol import EngineClient
 from server.errors import InvalidRequestError
 from server.protocol import MAX_PROMPT_TOKENS, CompletionRequest, GenerateParameters, GenerateRequest
+from server.structured_output import tgi_constraint
 from server.tokenization import TextTooLongError, Tokenization
 from server.tokenizer import InvalidTextError
 from server.validation import Validator, far_too_long, max_context
@@ -49,6 +50,10 @@ async def generate_call(
             param="inputs",
             code="invalid_value",
         )
+    grammar = None
+    if parameters.grammar is not None:
+        constraint = tgi_constraint(parameters.grammar, "parameters.grammar")
+        grammar = await validator.structured_output.checked(constraint)
     completion = CompletionRequest(
         model=wire.model,
         prompt=token_ids,
@@ -71,6 +76,7 @@ async def generate_call(
         default_max_tokens=_DEFAULT_MAX_NEW_TOKENS,
         prompt_name="inputs",
         limit_name="max_new_tokens",
+        grammar=grammar,
     )
 
 

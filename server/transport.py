@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import shutil
 import tempfile
 import time
@@ -23,7 +24,7 @@ import zmq
 import zmq.asyncio
 
 from scheduler.engine_core import EngineCore
-from scheduler.messages import EngineOutputs, ExecutorSpec, Request
+from scheduler.messages import EngineOutputs, ExecutorSpec, Request, Vocabulary
 from server.config import ServerConfig
 
 _log = logging.getLogger(__name__)
@@ -66,6 +67,7 @@ class Kind(bytes, Enum):
     REQUEST = b"A"
     ABORT = b"X"
     QUIT = b"Q"
+    VOCABULARY = b"V"
     PROGRESS = b"P"
     READY = b"R"
     OUTPUTS = b"O"
@@ -77,6 +79,7 @@ _BODY_TYPES: dict[Kind, Any] = {
     Kind.REQUEST: Request,
     Kind.ABORT: str,
     Kind.QUIT: None,
+    Kind.VOCABULARY: Vocabulary,
     Kind.PROGRESS: Progress,
     Kind.READY: Ready,
     Kind.OUTPUTS: EngineOutputs,
@@ -145,6 +148,15 @@ class EngineEnd:
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.set_hwm(0)
         self._socket.connect(address)
+        # An event that any thread may raise, to end a wait for a message.
+        self._wakeup = os.eventfd(0, os.EFD_NONBLOCK)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wakeup, zmq.POLLIN)
+
+    def wake(self) -> None:
+        """Has ``run`` look whether there is work. May be called from any thread."""
+        os.eventfd_write(self._wakeup, 1)
 
     def receive(self) -> tuple[Kind, Any]:
         return decode(self._socket.recv_multipart())
@@ -152,21 +164,33 @@ class EngineEnd:
     def send(self, kind: Kind, body: object = None) -> None:
         self._socket.send_multipart(encode(kind, body))
 
-    def run(self, core: EngineCore) -> None:
-        """Steps the core while it has work and sleeps in the socket while it has none, until QUIT."""
+    def run(
+        self,
+        core: EngineCore,
+        on_vocabulary: Callable[[Vocabulary], None] = lambda vocabulary: None,
+        on_idle: Callable[[], None] = lambda: None,
+    ) -> None:
+        """Steps the core while it has work and sleeps while it has none, until QUIT.
+
+        Args:
+            on_idle: called after a while without work.
+        """
         next_check = 0.0
         while True:
             if not core.has_work:
-                if time.monotonic() >= next_check and not self._socket.poll(_CHECK_AFTER_IDLE_MS):
+                if time.monotonic() >= next_check and not self._wait(_CHECK_AFTER_IDLE_MS):
                     core.check_invariants()
+                    on_idle()
                     next_check = time.monotonic() + _CHECK_EVERY_S
-                self._socket.poll()
+                self._wait()
             while self._socket.poll(0):
                 kind, body = self.receive()
                 if kind is Kind.REQUEST:
                     core.add_request(body)
                 elif kind is Kind.ABORT:
                     core.abort(body)
+                elif kind is Kind.VOCABULARY:
+                    on_vocabulary(body)
                 elif kind is Kind.QUIT:
                     return
                 else:
@@ -174,9 +198,17 @@ class EngineEnd:
             if core.has_work:
                 self.send(Kind.OUTPUTS, core.step())
 
+    def _wait(self, milliseconds: int | None = None) -> bool:
+        """Waits for a message or ``wake``; whether one came."""
+        ready = dict(self._poller.poll(milliseconds))
+        if self._wakeup in ready:
+            os.eventfd_read(self._wakeup)
+        return bool(ready)
+
     def close(self) -> None:
         self._socket.close()
         self._context.term()
+        os.close(self._wakeup)
 
     def progress(self) -> Callable[[str, int, int], None]:
         """A callback that reports loading, at most 20 times a second and always the end of a stage."""

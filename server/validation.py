@@ -30,6 +30,7 @@ from server.protocol import (
     ModelFields,
     SamplingFields,
 )
+from server.structured_output import StructuredOutput
 from server.tokenization import TextTooLongError, Tokenization
 from server.tokenizer import InvalidTextError
 
@@ -50,6 +51,7 @@ class Validator:
         self,
         engine: EngineClient,
         tokenization: Tokenization,
+        structured_output: StructuredOutput,
         served_model_names: Sequence[str],
         count_unknown: Callable[[str], None],
         formats: ModelFormats | None = None,
@@ -57,6 +59,7 @@ class Validator:
         """``formats`` are those of the model's answers; None finds them out from its chat template."""
         self._engine = engine
         self._tokenization = tokenization
+        self.structured_output = structured_output
         self._served_model_names = tuple(served_model_names)
         self._count_unknown = count_unknown
         if formats is None:
@@ -94,6 +97,7 @@ class Validator:
         max_tokens = _max_tokens(len(chat.token_ids), limit, None, spec, prompt_name, limit_name)
         return self._call(
             wire,
+            await self.structured_output.grammar_of(wire),
             arrival=arrival,
             id_prefix=id_prefix,
             prompts=[Prompt(chat.token_ids)],
@@ -129,8 +133,12 @@ class Validator:
         default_max_tokens: int = _COMPLETION_MAX_TOKENS,
         prompt_name: str = "prompt",
         limit_name: str = "max_tokens",
+        grammar: str | None = None,
     ) -> Call:
         """A call from a parsed body; ``prompt_name`` and ``limit_name`` are its fields in messages.
+
+        Args:
+            grammar: one that was asked for in another way than by ``wire``, and checked.
 
         Raises:
             ApiError: the model cannot answer it.
@@ -159,6 +167,7 @@ class Validator:
         ]
         return self._call(
             wire,
+            grammar or await self.structured_output.grammar_of(wire),
             arrival=arrival,
             id_prefix="cmpl-",
             prompts=prompts,
@@ -254,6 +263,7 @@ class Validator:
     def _call(
         self,
         wire: SamplingFields,
+        grammar: str | None,
         *,
         arrival: float,
         id_prefix: str,
@@ -292,6 +302,7 @@ class Validator:
                     arrival_time=arrival,
                     priority=wire.priority or 0,
                     cache_salt=wire.cache_salt,
+                    grammar=grammar,
                 )
             )
         stop = wire.stop or ()

@@ -5,8 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
+
 from engine_runtime.executors.sequence_state import SequenceState
-from scheduler.messages import SchedulerOutput
+from engine_runtime.kernels.numpy_types import Int32Array
+from scheduler.messages import SchedulerOutput, TokenMasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,6 +34,14 @@ class Share:
         return self.num_prompt_rows + self.samples
 
 
+def mask_rows(masks: TokenMasks | None) -> dict[str, Int32Array]:
+    """int32 [words] for each sequence that has a mask; read-only."""
+    if masks is None:
+        return {}
+    rows = np.frombuffer(masks.bits, np.int32).reshape(len(masks.request_ids), -1)
+    return dict(zip(masks.request_ids, rows, strict=True))
+
+
 class SequenceTable:
     """Follows the scheduler: who is new, who is gone, whose turn it is."""
 
@@ -52,6 +63,8 @@ class SequenceTable:
             self.states.pop(request_id, None)
         for new in step.new:
             self.states[new.request_id] = SequenceState(new)
+        for request_id, token_ids in step.forced:
+            self.states[request_id].token_ids.extend(token_ids)
         shares = []
         for scheduled in step.scheduled:
             state = self.states[scheduled.request_id]

@@ -382,6 +382,19 @@ def report(
 
 
 @kernel
+def apply_mask(logits: Float32Array, row: int, mask: Int32Array) -> None:
+    """Forbids the tokens whose bit in ``mask`` is not set, least significant bit first."""
+    vocab_size = logits.shape[1]
+    for word in range((vocab_size + 31) // 32):
+        bits = mask[word]
+        if bits != -1:
+            first = word * 32
+            for bit in range(min(32, vocab_size - first)):
+                if (bits >> bit) & 1 == 0:
+                    logits[row, first + bit] = NEGATIVE_INFINITY
+
+
+@kernel
 def apply_penalties(
     logits: Float32Array,
     row: int,

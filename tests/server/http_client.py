@@ -29,8 +29,11 @@ async def api(
     """A client of an application in this process. Responses come whole."""
     app = create_app(config or ServerConfig(), engine, tokenizer)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        yield client
+    try:
+        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+            yield client
+    finally:
+        app.state.service.close()
 
 
 @asynccontextmanager

@@ -18,7 +18,10 @@ from tests.server.in_process_engine import SPEC, ScriptedEngine, tokens
 
 def _validator(tokenizer: Tokenizer, **spec: Any) -> Validator:
     engine = ScriptedEngine(tokens([1]), dataclasses.replace(SPEC, **spec))
-    return Validator(engine, Tokenization(tokenizer), (MODEL, "alias"), lambda name: None)
+    structured_output = StructuredOutput(GrammarCheck(tokenizer), frozenset())
+    return Validator(
+        engine, Tokenization(tokenizer), structured_output, (MODEL, "alias"), lambda name: None
+    )
 
 
 async def _chat_request(tokenizer: Tokenizer, body: dict[str, Any]) -> Request:

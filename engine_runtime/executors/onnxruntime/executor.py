@@ -10,8 +10,8 @@ import numpy as np
 from engine_runtime.executors.onnxruntime.decoder_session import DecoderSession
 from engine_runtime.executors.onnxruntime.embedding import EmbeddingTable
 from engine_runtime.executors.onnxruntime.input_batch import InputBatch
-from engine_runtime.executors.sequence_table import Share
-from engine_runtime.kernels.numpy_types import Float32Array
+from engine_runtime.executors.sequence_table import Share, mask_rows
+from engine_runtime.kernels.numpy_types import Float32Array, Int32Array
 from engine_runtime.sampling import Sampler, SamplingRow
 from scheduler.messages import (
     ExecutorSpec,
@@ -73,13 +73,14 @@ class OnnxRuntimeExecutor:
         sampled: list[SampledToken] = []
         prompt_logprobs: dict[str, tuple[TokenLogprobs, ...]] = {}
         shares = self._batch.apply(step)
+        masks = mask_rows(step.masks)
         for run in self._batch.runs(shares):
             logits = self._compute(run)
             self._pool(run)
             wants_prompt = any(share.num_prompt_rows for share in run)
             if wants_prompt:
                 logits = self._report_prompts(run, logits, prompt_logprobs)
-            sampled += self._sample([share for share in run if share.samples], logits)
+            sampled += self._sample([share for share in run if share.samples], logits, masks)
         for index, token in enumerate(sampled):
             state = self._batch.states[token.request_id]
             state.token_ids.extend((token.token_id,))
@@ -123,7 +124,9 @@ class OnnxRuntimeExecutor:
                 row += 1
         return logits[kept]
 
-    def _sample(self, shares: list[Share], logits: Float32Array) -> list[SampledToken]:
+    def _sample(
+        self, shares: list[Share], logits: Float32Array, masks: dict[str, Int32Array]
+    ) -> list[SampledToken]:
         if not shares:
             return []
         rows = [
@@ -132,6 +135,7 @@ class OnnxRuntimeExecutor:
                 share.state.params,
                 share.state.token_ids.view,
                 share.state.num_prompt_tokens,
+                masks.get(share.state.request_id),
             )
             for share in shares
         ]
