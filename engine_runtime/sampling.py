@@ -1,8 +1,9 @@
 """From logits to tokens on the CPU.
 
 A row of logits becomes a token in this order, which is vLLM's: forbid stop tokens before ``min_tokens``, or
-all tokens that a grammar's mask does not allow, add ``logit_bias``, repetition penalty, frequency and presence penalties; then either the most likely token, or
-temperature, min_p, top_k, top_p and a draw. Log-probabilities are those of the logits as they came.
+all tokens that a grammar's mask does not allow, add ``logit_bias``, repetition penalty, frequency and
+presence penalties; then either the most likely token, or temperature, min_p, top_k, top_p and a draw. Log-
+probabilities are those of the logits as they came.
 
 The random number of a token is a hash of (seed, position), so a sequence gets the same tokens in any batch,
 and again after a preemption.
@@ -238,9 +239,4 @@ def _penalizes(params: SamplingParams) -> bool:
 
 
 def _changes_logits(row: SamplingRow) -> bool:
-    return (
-        row.mask is not None
-        or bool(row.params.logit_bias)
-        or _penalizes(row.params)
-        or _forbids_stop(row)
-    )
+    return row.mask is not None or bool(row.params.logit_bias) or _penalizes(row.params) or _forbids_stop(row)

@@ -11,7 +11,6 @@ from scheduler.grammars import Grammars, NoGrammars
 from scheduler.messages import (
     EngineOutputs,
     EngineStats,
-    FinishReason,
     ModelRunnerOutput,
     Request,
     SchedulerOutput,
@@ -59,8 +58,6 @@ class EngineCore:
         Raises:
             ExecutorLostError: the device is lost, and with it all that runs.
         """
-        for request, error in self._grammars.take_prepared():
-            self._scheduler.add(request, error)
         step = self._scheduler.schedule()
         if step is not None:
             self._in_flight.append((step, self._executor.execute(step)))
@@ -82,24 +79,19 @@ class EngineCore:
 
         Raises ValueError if a request of this id is not finished yet.
         """
-        if request.grammar is None:
-            self._scheduler.add(request)
-        else:
-            self._grammars.prepare(request)
+        self._scheduler.add(request)
 
     def abort(self, request_id: str) -> None:
         """Ends a request at once: its blocks are free, its last output (ABORT) comes with the next ``step``.
 
         Nothing happens if it is unknown or finished.
         """
-        if self._grammars.forget(request_id):
-            self._scheduler.refuse(request_id, FinishReason.ABORT)
         self._scheduler.abort(request_id)
 
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to compute, to wait for or to return."""
-        return self._scheduler.has_work or self._grammars.has_prepared
+        return self._scheduler.has_work
 
     @property
     def stats(self) -> EngineStats:

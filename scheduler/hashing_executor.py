@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -17,6 +17,7 @@ from scheduler.messages import (
     ScheduledSequence,
     SchedulerOutput,
     TokenLogprobs,
+    TokenMasks,
 )
 
 _MASK = (1 << 64) - 1
@@ -41,6 +42,11 @@ def sample(prefix_hash: int, params: SamplingParams, num_generated: int, vocab_s
         while token_id in params.stop_token_ids:
             token_id = (token_id + 1) % vocab_size
     return token_id
+
+
+def sample_allowed(prefix_hash: int, params: SamplingParams, allowed: Sequence[int]) -> int:
+    """The token after a prefix, out of those that a grammar allows."""
+    return allowed[extend_hash(prefix_hash, params.seed) % len(allowed)]
 
 
 def describe(prefix_hash: int, token_id: int, num_top: int, vocab_size: int) -> TokenLogprobs:
@@ -202,6 +208,10 @@ class HashingExecutor:
                 list(new.block_ids),
                 new.params,
             )
+        for request_id, token_ids in step.forced:
+            if request_id not in self._states:
+                raise SchedulingError(f"{request_id!r} is told of tokens but not known")
+            self._states[request_id].token_ids += token_ids
         for share in step.scheduled:
             self._states[share.request_id].block_ids += share.new_block_ids
         if len(self._states) > self._spec.max_num_seqs:
@@ -251,6 +261,7 @@ class HashingExecutor:
 
     def _sample(self, step: SchedulerOutput, states: list[_State]) -> tuple[SampledToken, ...]:
         sampled: list[SampledToken] = []
+        allowed = _allowed_tokens(step.masks)
         for share, state in zip(step.scheduled, states, strict=True):
             if not share.samples:
                 continue
@@ -260,7 +271,10 @@ class HashingExecutor:
                 continue
             prefix_hash = self._slots[self._slot(state, share.start + share.num_tokens - 1)]
             num_generated = len(state.token_ids) - state.num_prompt_tokens
-            token_id = sample(prefix_hash, state.params, num_generated, self._spec.vocab_size)
+            if share.request_id in allowed:
+                token_id = sample_allowed(prefix_hash, state.params, allowed[share.request_id])
+            else:
+                token_id = sample(prefix_hash, state.params, num_generated, self._spec.vocab_size)
             state.token_ids.append(token_id)
             num_top = state.params.logprobs
             logprobs = (
@@ -281,3 +295,16 @@ class HashingExecutor:
             )
             for position in range(share.start, end)
         )
+
+
+def _allowed_tokens(masks: TokenMasks | None) -> dict[str, list[int]]:
+    if masks is None:
+        return {}
+    size = len(masks.bits) // len(masks.request_ids)
+    rows = [
+        int.from_bytes(masks.bits[i * size : (i + 1) * size], "little") for i in range(len(masks.request_ids))
+    ]
+    return {
+        request_id: [token_id for token_id in range(row.bit_length()) if row >> token_id & 1]
+        for request_id, row in zip(masks.request_ids, rows, strict=True)
+    }

@@ -126,8 +126,8 @@ class TokenMasks:
 
     Attributes:
         request_ids: one a row.
-        bits: rows of equal length, at least ceil(vocab_size / 32) little-endian 32-bit words, least significant
-            bit first. A set bit allows a token.
+        bits: rows of equal length, at least ceil(vocab_size / 32) little-endian 32-bit words, least
+            significant bit first. A set bit allows a token.
     """
 
     request_ids: tuple[str, ...]

@@ -76,25 +76,29 @@ class Scheduler:
 
     # ---- requests ----
 
-    def add(self, request: Request, error: str | None = None) -> None:
-        """Puts a request in the queue, or finishes it with ERROR if it can never run or has an error.
+    def add(self, request: Request) -> None:
+        """Puts a request in the queue, once its grammar is ready; finishes it with ERROR if it can never run.
 
         Raises ValueError if a request of this id is not finished yet.
         """
         if request.request_id in self._sequences:
             raise ValueError(f"request {request.request_id!r} is running already")
-        error = error or self._config.reason_to_refuse(request)
-        if error:
-            self.refuse(request.request_id, FinishReason.ERROR, error)
+        error = self._config.reason_to_refuse(request)
+        if error is None and request.grammar is not None:
+            self._grammars.prepare(request)
+        else:
+            self._enqueue(request, error)
+
+    def _enqueue(self, request: Request, error: str | None) -> None:
+        if error is not None:
+            self._refuse(request.request_id, FinishReason.ERROR, error)
             return
         self._num_arrivals += 1
         sequence = Sequence(request, self._num_arrivals, self._config.max_num_tokens)
         self._sequences[request.request_id] = sequence
         self._waiting.add(sequence)
 
-    def refuse(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
-        """Ends a request that was never added."""
-        self._grammars.forget(request_id)
+    def _refuse(self, request_id: str, reason: FinishReason, error: str | None = None) -> None:
         self._outputs.append(EngineOutput(request_id, finish_reason=reason, error=error))
 
     def abort(self, request_id: str) -> None:
@@ -102,11 +106,15 @@ class Scheduler:
         sequence = self._sequences.get(request_id)
         if sequence is not None:
             self._end(sequence, FinishReason.ABORT)
+        elif self._grammars.forget(request_id):
+            self._refuse(request_id, FinishReason.ABORT)
 
     # ---- a step ----
 
     def schedule(self) -> SchedulerOutput | None:
         """The next step, or None if there is nothing to compute (before the steps in flight are done)."""
+        for request, error in self._grammars.take_prepared():
+            self._enqueue(request, error)
         step = _Step(self._config.max_num_batched_tokens)
         self._schedule_running(step)
         if not step.has_preempted:
@@ -361,7 +369,7 @@ class Scheduler:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._sequences or self._in_flight or self._outputs)
+        return bool(self._sequences or self._in_flight or self._outputs or self._grammars.has_prepared)
 
     @property
     def stats(self) -> EngineStats:

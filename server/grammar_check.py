@@ -12,19 +12,20 @@ from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from server.grammars import MAX_GRAMMAR_BYTES
 from server.tokenizer import Tokenizer
 
-MAX_GRAMMAR_BYTES = 256 * 1024
 TOO_COMPLEX = "it is too complex: it was not compiled within 0.7 s and 2 GiB"
 _MODULE = "engine_runtime.grammars.check"
+_MAX_BYTES = 2 * MAX_GRAMMAR_BYTES  # llguidance's form is longer
 _MAX_VERDICTS = 4096
 
 
 class GrammarCheck:
     """Says what is wrong with grammars, one after the other, off the event loop.
 
-    The process (60 MB, ready in 0.3 s) is started for the first grammar, and again after it was lost. Verdicts
-    are remembered by content.
+    The process (60 MB, ready in 0.3 s) is started for the first grammar, and again after it was lost.
+    Verdicts are remembered by content.
 
     Attributes:
         num_compiled, num_refused: grammars since the start that were not remembered, and how many were bad.
@@ -41,8 +42,8 @@ class GrammarCheck:
     async def error_in(self, grammar: str) -> str | None:
         """Why a grammar, in llguidance's form, cannot be used; None if it can."""
         encoded = grammar.encode()
-        if len(encoded) > MAX_GRAMMAR_BYTES:
-            return f"it has {len(encoded)} bytes: at most {MAX_GRAMMAR_BYTES} are taken"
+        if len(encoded) > _MAX_BYTES:
+            return f"it is longer than {_MAX_BYTES} bytes"
         digest = hashlib.sha256(encoded).digest()
         verdict = self._verdicts.get(digest)
         if verdict is None:

@@ -18,6 +18,11 @@ _REGEX_LETTERS = {ord(letter): f"\\{letter}" for letter in r"\.+*?()|[]{}^$/"} |
 }
 
 
+MAX_GRAMMAR_BYTES = 256 * 1024
+# Translated to Lark by Python code, 1 MB/s.
+_MAX_GBNF_BYTES = 64 * 1024
+
+
 class GrammarSourceError(ValueError):
     """What the client wrote is no grammar; the message continues "Invalid 'field': "."""
 
@@ -48,11 +53,15 @@ def from_json_schema(
         options = {"lenient": is_lenient, "whitespace_flexible": False}
     if isinstance(schema, bool):
         schema = {} if schema else {"not": {}}
-    return llguidance.LLMatcher.grammar_from_json_schema(_dumps(schema), overrides=options)  # type: ignore[arg-type]
+    try:
+        return llguidance.LLMatcher.grammar_from_json_schema(_dumps(schema), overrides=options)  # type: ignore[arg-type]
+    except ValueError as error:
+        raise GrammarSourceError(str(error)) from None
 
 
 def from_regex(regex: str) -> str:
     """Texts that a regex matches as a whole, in the syntax of Rust's ``regex``; ``\\d`` is 0 to 9."""
+    _check_length(regex)
     regex = regex.removeprefix("^")
     if regex.endswith("$") and (len(regex) - len(regex[:-1].rstrip("\\"))) % 2:
         regex = regex[:-1]
@@ -61,6 +70,7 @@ def from_regex(regex: str) -> str:
 
 def from_choices(choices: Sequence[str]) -> str:
     """One of some texts."""
+    _check_length("".join(choices))
     regex = "|".join(choice.translate(_REGEX_LETTERS) for choice in choices)
     return llguidance.LLMatcher.grammar_from_lark(f"start: /{regex}/")
 
@@ -71,6 +81,7 @@ def from_grammar(text: str) -> str:
     Raises:
         GrammarSourceError: it is written like GBNF, and wrong.
     """
+    _check_length(text, _MAX_GBNF_BYTES if "::=" in text else MAX_GRAMMAR_BYTES)
     try:
         return llguidance.grammar_from("grammar", text)
     except (ValueError, RecursionError, IndexError) as error:
@@ -112,6 +123,7 @@ def from_tags(tags: Sequence[Tag], triggers: Sequence[str], special_tokens: froz
 
 def parse_schema(text: str) -> dict[str, Any] | bool:
     """A JSON schema that was sent as text. Raises GrammarSourceError."""
+    _check_length(text)
     try:
         schema = json.loads(text)
     except (ValueError, RecursionError):
@@ -131,8 +143,32 @@ def _lark_text(text: str) -> str:
     return json.dumps(text) if text else ""
 
 
-def _dumps(value: Any) -> str:
+def _dumps(schema: Mapping[str, Any]) -> str:
+    """Raises GrammarSourceError if it becomes too long, before much time has gone into that."""
+    rest: list[Any] = [schema]
+    num_bytes = 0
+    while rest and num_bytes <= MAX_GRAMMAR_BYTES:
+        value = rest.pop()
+        num_bytes += 1
+        if isinstance(value, str):
+            num_bytes += len(value)
+        elif isinstance(value, Mapping):
+            rest += value
+            rest += value.values()
+        elif isinstance(value, list):
+            rest += value
+    if num_bytes > MAX_GRAMMAR_BYTES:
+        raise GrammarSourceError(_too_long(MAX_GRAMMAR_BYTES))
     try:
-        return json.dumps(value)
+        return json.dumps(schema)
     except RecursionError:
         raise GrammarSourceError("it is nested too deeply") from None
+
+
+def _check_length(text: str, limit: int = MAX_GRAMMAR_BYTES) -> None:
+    if len(text) > limit:
+        raise GrammarSourceError(_too_long(limit))
+
+
+def _too_long(limit: int) -> str:
+    return f"it is longer than {limit} bytes"

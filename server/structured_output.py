@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -79,19 +80,21 @@ class StructuredOutput:
     async def checked(self, constraint: Constraint) -> str:
         """The grammar of a constraint. Raises InvalidRequestError, naming the field."""
         try:
-            grammar = constraint.make()
+            grammar = await asyncio.to_thread(constraint.make)
             error = await self._check.error_in(grammar)
         except GrammarSourceError as failure:
             grammar, error = "", str(failure)
-        except UnicodeEncodeError:
-            grammar, error = "", "it has half a surrogate pair in it"
         if error is None:
             return grammar
         code = "grammar_too_complex" if error == TOO_COMPLEX else constraint.code
         raise _invalid(constraint.param, error, code)
 
     def constraint_of(self, wire: SamplingFields) -> Constraint | None:
-        """What a request asks for, by whichever field. Raises InvalidRequestError if there is more than one."""
+        """What a request asks for, by whichever field.
+
+        Raises:
+            InvalidRequestError: there is more than one.
+        """
         found = [
             constraint
             for constraint in (

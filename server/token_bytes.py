@@ -136,6 +136,25 @@ class TokenBytes(dict[int, bytes]):
                     self.leading_space = LeadingSpace.REMOVED_FROM_FIRST_TOKEN
 
 
+def with_plain_spaces(backend: tokenizers.Tokenizer) -> str:
+    """The tokenizer as JSON, its decoder without ``Metaspace``, which llguidance does not know.
+
+    What takes its place gives each token the bytes that ``TokenBytes`` gives it.
+    """
+    written = backend.to_str()
+    if backend.decoder is None or b"Metaspace" not in backend.decoder.__getstate__():
+        return written
+    whole = json.loads(written)
+    steps = [
+        {"type": "Replace", "pattern": {"String": step["replacement"]}, "content": " "}
+        if step["type"] == "Metaspace"
+        else step
+        for step in _flatten(whole["decoder"])
+    ]
+    whole["decoder"] = {"type": "Sequence", "decoders": steps}
+    return json.dumps(whole, ensure_ascii=False)
+
+
 def _flatten(decoder: dict[str, Any]) -> list[dict[str, Any]]:
     if decoder["type"] == "Sequence":
         return [step for part in decoder["decoders"] for step in _flatten(part)]

@@ -11,7 +11,7 @@ from scheduler.messages import Vocabulary
 from server.chat_template import ChatTemplate, ChatTemplateError, with_parsed_calls
 from server.control_tokens import ControlTokenError, ControlTokens
 from server.token_bound import TokenBound
-from server.token_bytes import LeadingSpace, TokenBytes
+from server.token_bytes import LeadingSpace, TokenBytes, with_plain_spaces
 from server.tokenizer_spec import TokenizerError, TokenizerSpec
 
 
@@ -46,8 +46,8 @@ class Tokenizer:
     Attributes:
         vocab_size: token ids are below it.
         eos_token_ids: tokens that end a generation.
-        special_token_ids, special_token_names: control tokens: no text of their own, left out of what a client
-            sees.
+        special_token_ids, special_token_names: control tokens: no text of their own, left out of what a
+            client sees.
         chat_template: None if the model has none.
     """
 
@@ -196,7 +196,7 @@ class Tokenizer:
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """What grammars have to know of the tokens. Takes 20 ms for 49k tokens."""
-        return Vocabulary(self._backend.to_str(), self.eos_token_ids)
+        return Vocabulary(with_plain_spaces(self._backend), self.eos_token_ids)
 
     @cached_property
     def _bound(self) -> TokenBound:

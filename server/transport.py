@@ -178,11 +178,12 @@ class EngineEnd:
         next_check = 0.0
         while True:
             if not core.has_work:
-                if time.monotonic() >= next_check and not self._wait(_CHECK_AFTER_IDLE_MS):
+                wants_check = time.monotonic() >= next_check
+                if not self._wait(_CHECK_AFTER_IDLE_MS if wants_check else None):
                     core.check_invariants()
                     on_idle()
                     next_check = time.monotonic() + _CHECK_EVERY_S
-                self._wait()
+                    self._wait()
             while self._socket.poll(0):
                 kind, body = self.receive()
                 if kind is Kind.REQUEST:

@@ -30,8 +30,8 @@ class _Follower:
         held_until: below this number of generated tokens, stop tokens wait unless nothing else may come.
         num_generated: tokens that the matcher has taken.
         reports: whether the log-probability of each token is wanted, so that none may come unsampled.
-        forces: whether tokens without alternative come unsampled: neither ``reports`` nor are there penalties,
-            for which the sampler has to count them.
+        forces: whether tokens without alternative come unsampled: neither ``reports`` nor are there
+            penalties, for which the sampler has to count them.
     """
 
     matcher: llguidance.LLMatcher
@@ -76,9 +76,9 @@ class GrammarMatchers:
         self._compiler = None
 
     def warm_up(self) -> None:
-        """Reads the vocabulary, which holds the interpreter for 0.2 s with 49k tokens: best done in idle time.
+        """Reads the vocabulary, unless that has begun already. Else the first request with a grammar does it.
 
-        Otherwise the first request with a grammar does it.
+        That holds the interpreter for 0.2 s with 49k tokens, so it is best done in idle time.
         """
         if self._compiler is None and self._vocabulary is not None:
             self._compiler = self._threads.submit(GrammarCompiler, self._vocabulary, self._vocab_size)
@@ -106,7 +106,7 @@ class GrammarMatchers:
     def take_prepared(self) -> Sequence[tuple[Request, str | None]]:
         if self._prepared.empty():
             return ()
-        taken = []
+        taken: list[tuple[Request, str | None]] = []
         while True:
             try:
                 request, matcher, error = self._prepared.get_nowait()

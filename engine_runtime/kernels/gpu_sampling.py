@@ -31,11 +31,12 @@ from engine_runtime.kernels.sampling_rows import (
     has_penalties,
     token_counts,
 )
-from scheduler.messages import SampledToken, SamplingParams, TokenLogprobs
+from scheduler.messages import SampledToken, SamplingParams, TokenLogprobs, TokenMasks
 
 _KIND = {SamplingPath.GREEDY: "greedy", SamplingPath.DRAWN: "drawn", SamplingPath.FULL: "full"}
 _SLAB_SLOTS = 16
 _STAGING_BUFFERS = 8
+_MASK_STAGING_BUFFERS = 2  # one a step in flight
 
 
 class GpuSampler:
@@ -79,6 +80,9 @@ class GpuSampler:
         self._counts = _SlotMemory(2 * vocab_size, max_slots)
         self._changes = _SlotMemory(2 * layout.CHANGES_BYTES, max_slots)
         self._staging = _Staging(max(2 * vocab_size, 2 * layout.CHANGES_BYTES))
+        self._mask_bytes = _aligned(_most_mask_bytes(vocab_size, max_slots))
+        self._masks: DeviceBuffer | None = None
+        self._mask_staging = _Staging(self._mask_bytes, _MASK_STAGING_BUFFERS)
 
     @staticmethod
     def device_bytes(max_rows: int, max_slots: int) -> int:
@@ -91,10 +95,11 @@ class GpuSampler:
         """Device memory that is taken later, 16 slots at a time, if such sequences come.
 
         Two bytes a token of the vocabulary for each slot with penalties, 24 KiB for each with biases or
-        min_tokens.
+        min_tokens, and with the first grammar a bit a token for all.
         """
         slots = -(-max_slots // _SLAB_SLOTS) * _SLAB_SLOTS
-        return slots * (_aligned(2 * vocab_size) + _aligned(2 * layout.CHANGES_BYTES))
+        later = slots * (_aligned(2 * vocab_size) + _aligned(2 * layout.CHANGES_BYTES))
+        return later + _aligned(_most_mask_bytes(vocab_size, max_slots))
 
     def admit(
         self,
@@ -131,6 +136,20 @@ class GpuSampler:
             changes_address=changes_address,
             num_changes=(len(lists[0].token_ids), len(lists[1].token_ids)),
         )
+
+    def upload_masks(self, stream: Stream, masks: TokenMasks) -> dict[str, int]:
+        """Enqueues the copy of a step's masks; the device address of each, by request id.
+
+        Raises:
+            CudaError: no memory for the first masks (``is_fatal`` is False).
+        """
+        if self._masks is None:
+            self._masks = DeviceBuffer(self._mask_bytes)
+        stride = 4 * _mask_words(self.vocab_size)
+        rows = np.frombuffer(masks.bits, np.uint8).reshape(len(masks.request_ids), -1)[:, :stride]
+        self._mask_staging.upload(stream, self._masks.address, np.ascontiguousarray(rows).reshape(-1))
+        first = self._masks.address
+        return {request_id: first + row * stride for row, request_id in enumerate(masks.request_ids)}
 
     def pack(
         self,
@@ -232,6 +251,9 @@ class GpuSampler:
         self._counts.close()
         self._changes.close()
         self._staging.close()
+        self._mask_staging.close()
+        if self._masks is not None:
+            self._masks.free()
 
     def _logprobs(
         self,
@@ -267,6 +289,14 @@ class GpuSampler:
         start = self._addresses[name] - self.output_address
         count = self.max_rows * (layout.MAX_TOP if name.startswith("top_") else 1)
         return view[start : start + 4 * count].view(dtype)
+
+
+def _mask_words(vocab_size: int) -> int:
+    return -(-vocab_size // 32)
+
+
+def _most_mask_bytes(vocab_size: int, max_slots: int) -> int:
+    return 4 * _mask_words(vocab_size) * max_slots
 
 
 def _aligned(num_bytes: int) -> int:
@@ -336,18 +366,19 @@ class _SlotMemory:
 class _Staging:
     """Pinned memory that uploads pass through, some of them under way at a time."""
 
-    def __init__(self, num_bytes: int) -> None:
+    def __init__(self, num_bytes: int, num_buffers: int = _STAGING_BUFFERS) -> None:
         self._num_bytes = num_bytes
+        self._num_buffers = num_buffers
         self._buffers: list[tuple[PinnedBuffer, Event]] = []
         self._next = 0
 
     def upload(self, stream: Stream, destination: int, data: npt.NDArray[np.uint8]) -> None:
-        """Enqueues a copy; waits if the device has not taken the one eight uploads ago."""
-        if len(self._buffers) < _STAGING_BUFFERS:
+        """Enqueues a copy; waits if the device has not taken the last one out of the same buffer."""
+        if len(self._buffers) < self._num_buffers:
             self._buffers.append((PinnedBuffer(self._num_bytes), Event()))
             self._next = len(self._buffers) - 1
         buffer, event = self._buffers[self._next]
-        self._next = (self._next + 1) % _STAGING_BUFFERS
+        self._next = (self._next + 1) % self._num_buffers
         event.synchronize()
         buffer.array[: len(data)] = data
         stream.copy_to_device(destination, buffer.address, len(data))

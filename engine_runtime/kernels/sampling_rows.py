@@ -254,7 +254,10 @@ class SamplingRows:
         np.take(self._addresses, slots, axis=0, out=addresses, mode="clip")
         np.take(self._words, slots, axis=0, out=words, mode="clip")
         numbers[:, layout.UNIFORM] = uniforms(self._states[slots], positions)
-        forbids = np.flatnonzero(positions < self._forbids_until[slots])
+        is_early = positions < self._forbids_until[slots]
+        if grammars is not None:  # they say by themselves which stop tokens may come
+            is_early &= np.asarray(grammars, np.int64) == 0
+        forbids = np.flatnonzero(is_early)
         if len(forbids):
             words[forbids, layout.NUM_CHANGES] = self._num_forbidding[slots[forbids]]
             words[forbids, layout.FLAGS] |= layout.HAS_CHANGES

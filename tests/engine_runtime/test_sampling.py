@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import pytest
@@ -385,3 +387,49 @@ class TestArguments:
 
     def test_no_rows(self) -> None:
         assert Sampler(8).sample(np.empty((0, 8), np.float32), []) == []
+
+
+def masked(row: SamplingRow, allowed: list[int], vocab_size: int) -> SamplingRow:
+    bits = np.zeros(-(-vocab_size // 32) * 32, np.uint8)
+    bits[allowed] = 1
+    return replace(row, mask=np.packbits(bits, bitorder="little").view(np.int32))
+
+
+@pytest.mark.parametrize("vocab_size", VOCAB_SIZES)
+def test_only_tokens_of_the_mask_are_sampled(vocab_size: int) -> None:
+    rng = np.random.default_rng(vocab_size)
+    sampler = Sampler(vocab_size)
+    for count in {1, max(1, vocab_size // 3), vocab_size - 1}:
+        allowed = sorted(rng.choice(vocab_size, count, replace=False).tolist())
+        logits = (rng.standard_normal((24, vocab_size)) * 4).astype(np.float32)
+        greedy = [masked(record(temperature=0.0), allowed, vocab_size)] * 12
+        drawn = [masked(record(seed=seed), allowed, vocab_size) for seed in range(12)]
+        best = [allowed[int(np.argmax(row[allowed]))] for row in logits[:12]]
+        found = [token.token_id for token in sampler.sample(logits, [*greedy, *drawn])]
+        assert found[:12] == best
+        assert set(found) <= set(allowed)
+
+
+def test_log_probabilities_are_those_before_the_mask() -> None:
+    logits = np.array([[1.0, 5.0, 2.0]], np.float32)
+    row = masked(record(temperature=0.0, logprobs=1), [0, 2], 3)
+    (token,) = Sampler(3).sample(logits.copy(), [row])
+    expected = 2.0 - np.log(np.exp(logits[0].astype(np.float64)).sum())
+    assert token.token_id == 2
+    assert token.logprobs is not None
+    assert token.logprobs.logprob == pytest.approx(expected, abs=1e-5)
+    assert token.logprobs.rank == 2
+    assert token.logprobs.top[0][0] == 1
+
+
+def test_the_mask_says_by_itself_whether_stop_tokens_may_come() -> None:
+    row = masked(record(temperature=0.0, min_tokens=9, stop_token_ids=(2,)), [2], 3)
+    (token,) = Sampler(3).sample(np.zeros((1, 3), np.float32), [row])
+    assert (token.token_id, token.is_valid) == (2, True)
+
+
+def test_a_mask_of_nothing_fails_its_row_only() -> None:
+    rows = [masked(record(temperature=0.0), [], 3), record(temperature=0.0)]
+    nothing, free = Sampler(3).sample(np.zeros((2, 3), np.float32), rows)
+    assert not nothing.is_valid
+    assert free.is_valid

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from scheduler.grammars import NoGrammars
 from scheduler.messages import (
     EngineOutput,
     FinishReason,
@@ -23,7 +24,8 @@ def scheduler(
     num_blocks: int = 100, max_num_seqs: int = 8, budget: int = 100, max_model_len: int = 100
 ) -> Scheduler:
     return Scheduler(
-        SchedulerConfig(num_blocks, BLOCK_SIZE, max_num_seqs, budget, max_model_len, vocab_size=1000)
+        SchedulerConfig(num_blocks, BLOCK_SIZE, max_num_seqs, budget, max_model_len, vocab_size=1000),
+        NoGrammars(),
     )
 
 

@@ -9,6 +9,8 @@ import pytest
 
 from scheduler.messages import Request, SamplingParams
 from server.errors import ContextLengthError, InvalidRequestError
+from server.grammar_check import GrammarCheck
+from server.structured_output import StructuredOutput
 from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
 from server.validation import Validator
@@ -19,9 +21,7 @@ from tests.server.in_process_engine import SPEC, ScriptedEngine, tokens
 def _validator(tokenizer: Tokenizer, **spec: Any) -> Validator:
     engine = ScriptedEngine(tokens([1]), dataclasses.replace(SPEC, **spec))
     structured_output = StructuredOutput(GrammarCheck(tokenizer), frozenset())
-    return Validator(
-        engine, Tokenization(tokenizer), structured_output, (MODEL, "alias"), lambda name: None
-    )
+    return Validator(engine, Tokenization(tokenizer), structured_output, (MODEL, "alias"), lambda name: None)
 
 
 async def _chat_request(tokenizer: Tokenizer, body: dict[str, Any]) -> Request:

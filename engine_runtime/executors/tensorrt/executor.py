@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 
 from engine_runtime.cuda import CudaDevice, CudaError, Event, PinnedBuffer, Stream
@@ -138,13 +138,14 @@ class TensorRTExecutor:
             for share in shares
             if share.stop <= len(share.state.token_ids) and share.state.request_id not in self._refused
         ]
+        masks = {} if step.masks is None else self._sampler.upload_masks(self._stream, step.masks)
         reports: Reports = {}
         sampled: dict[str, SampledToken] = {}
         *first_runs, last_run = list(self._batch.runs(runnable)) or [[]]
         for run in first_runs:  # rare: log-probabilities of a long prompt
-            sampled |= self._start(run, MAX_IN_FLIGHT)(reports)
+            sampled |= self._start(run, masks, MAX_IN_FLIGHT)(reports)
         self._turn = (self._turn + 1) % MAX_IN_FLIGHT
-        collect = self._start(last_run, self._turn) if last_run else None
+        collect = self._start(last_run, masks, self._turn) if last_run else None
 
         def finish() -> ModelRunnerOutput:
             if collect is not None:
@@ -175,8 +176,14 @@ class TensorRTExecutor:
                 raise
             self._refused.add(request_id)
 
-    def _start(self, run: Sequence[Share], output_index: int) -> Callable[[Reports], dict[str, SampledToken]]:
-        """Enqueues a run; returns what waits for its results."""
+    def _start(
+        self, run: Sequence[Share], masks: Mapping[str, int], output_index: int
+    ) -> Callable[[Reports], dict[str, SampledToken]]:
+        """Enqueues a run; returns what waits for its results.
+
+        Args:
+            masks: device addresses, by request id.
+        """
         self._inputs.turn()
         arranged = self._batch.arrange(run)
         shape = arranged.shape
@@ -184,6 +191,7 @@ class TensorRTExecutor:
             self._inputs.sampling,
             arranged.slots,
             arranged.positions,
+            grammars=[masks.get(s.state.request_id, 0) for s in arranged.sampling] if masks else None,
             targets=arranged.targets,
             num_rows=shape.num_rows,
         )

@@ -5,8 +5,8 @@ from itertools import pairwise
 import pytest
 
 from engine_runtime.executors.onnxruntime.input_batch import InputBatch
-from engine_runtime.executors.sequence_table import Share
-from scheduler.messages import NewSequence, SamplingParams, ScheduledSequence, SchedulerOutput
+from engine_runtime.executors.sequence_table import Share, mask_rows
+from scheduler.messages import NewSequence, SamplingParams, ScheduledSequence, SchedulerOutput, TokenMasks
 
 
 def _new(name: str, num_tokens: int, num_prompt: int, prompt_logprobs: int | None = None) -> NewSequence:
@@ -121,3 +121,22 @@ def test_a_step_without_prompt_logprobs_is_one_run() -> None:
         )
     )
     assert [len(run) for run in batch.runs(shares)] == [4]
+
+
+def test_forced_tokens_come_behind_the_sampled_one() -> None:
+    batch = _batch()
+    batch.apply(_step((_new("a", 3, 3),), ScheduledSequence("a", 0, 3, (5,), True)))
+    batch.states["a"].token_ids.extend((40,))
+    forced = SchedulerOutput(1, (), (ScheduledSequence("a", 3, 3, (6,), True),), (), (("a", (41, 42)),))
+    token_ids, layout, rows = batch.arrange(batch.apply(forced))
+    assert token_ids.tolist() == [40, 41, 42]
+    assert layout.context_len.tolist() == [6]
+    assert rows.tolist() == [2]
+
+
+def test_masks_are_rows_of_words() -> None:
+    bits = (1).to_bytes(4, "little") + (2**31).to_bytes(4, "little") + bytes(4) + b"\xff" * 4
+    rows = mask_rows(TokenMasks(("a", "b"), bits))
+    assert rows["a"].tolist() == [1, -(2**31)]
+    assert rows["b"].tolist() == [0, -1]
+    assert mask_rows(None) == {}

@@ -116,6 +116,17 @@ def test_prompts_then_decode() -> None:
     assert arranged.slots.tolist() == [batch.slots["bb"], slot_a]
 
 
+def test_forced_tokens_come_behind_the_sampled_one() -> None:
+    batch, inputs = _batch()
+    _step(batch, ScheduledSequence("a", 0, 3, (3,), True), new=(_new("a", 3),))
+    batch.apply(SchedulerOutput(1, (), (), (), forced=(("a", (41, 42)),)))
+    arranged = _step(batch, ScheduledSequence("a", 3, 3, (1,), True))
+    assert inputs["token_ids"][:3].tolist() == [-1 - batch.slots["a"], 41, 42]
+    assert inputs["slots"][:3].tolist() == [15, 4, 5]
+    assert inputs["rows"][:1].tolist() == [2]
+    assert arranged.positions.tolist() == [6]
+
+
 def test_a_decode_step_is_padded_with_sequences_of_nothing() -> None:
     batch, inputs = _batch()
     names = ("a", "bb", "ccc")

@@ -136,6 +136,19 @@ class TestRows:
             assert addresses[0, layout.CHANGES] == (1 << 20) + offset
             assert packed.path is (SamplingPath.FULL if number else SamplingPath.DRAWN)
 
+    def test_a_grammar_says_by_itself_which_stop_tokens_may_come(self) -> None:
+        rows = SamplingRows(100, 4)
+        memory = np.empty(16 * layout.BYTES_PER_ROW, np.uint8)
+        params = SamplingParams(min_tokens=2, stop_token_ids=(5,))
+        for slot in (1, 2):
+            rows.set(slot, params, 10, changes_address=1 << 20, num_changes=(0, 1))
+        rows.pack(memory, 16, [1, 2], [10, 10], grammars=[1 << 12, 0])
+        _, addresses, words = split(memory, 16)
+        assert words[:2, layout.NUM_CHANGES].tolist() == [0, 1]
+        assert addresses[:2, layout.GRAMMAR].tolist() == [1 << 12, 0]
+        flags = words[:2, layout.FLAGS] & (layout.HAS_GRAMMAR | layout.HAS_CHANGES)
+        assert flags.tolist() == [layout.HAS_GRAMMAR, layout.HAS_CHANGES]
+
     def test_left_over_rows_belong_to_nobody(self) -> None:
         rows = SamplingRows(100, 4)
         memory = np.full(16 * layout.BYTES_PER_ROW, 0xFF, np.uint8)
