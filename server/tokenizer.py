@@ -59,10 +59,10 @@ class Tokenizer:
         self.bos_token_id = spec.bos_token_id
         self.eos_token_ids = spec.eos_token_ids
         self.special_token_ids = frozenset(special)
-        self.special_token_names = frozenset(token.content for token in special.values())
+        self._special_names = {token.content: token_id for token_id, token in special.items()}
+        self.special_token_names = frozenset(self._special_names)
         self.vocab_size = max(spec.backend.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added), 0)
         self._bytes = TokenBytes(spec.backend)
-        self._special_names = {token.content: token_id for token_id, token in special.items()}
         # By the control tokens that are shown all the same; few sets are ever asked for.
         self._visible_bytes = {frozenset[int](): self._bytes.hiding(self.special_token_ids)}
         self._control_tokens = ControlTokens(spec.backend)

@@ -189,12 +189,6 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
 UNSUPPORTED_CHAT_FIELDS: list[tuple[str, Any, list[Any]]] = [
     ("functions", [{}], [None, []]),
     ("function_call", "auto", [None, "none"]),
-    ("response_format", {"type": "json_object"}, [None, {"type": "text"}]),
-    ("guided_json", {}, [None]),
-    ("guided_regex", "a", [None]),
-    ("guided_choice", ["a"], [None]),
-    ("guided_grammar", "a", [None]),
-    ("structured_outputs", {}, [None]),
     ("best_of", 2, [None, 1]),
     ("modalities", ["text", "audio"], [None, ["text"]]),
     ("audio", {}, [None]),

@@ -173,7 +173,6 @@ async def test_truncation_keeps_the_end(tokenizer: Tokenizer) -> None:
         ({"typical_p": 0.9}, 400, "parameters.typical_p"),
         ({"watermark": True}, 400, "parameters.watermark"),
         ({"best_of": 2}, 400, "parameters.best_of"),
-        ({"grammar": {"type": "regex", "value": "a"}}, 400, "parameters.grammar"),
         ({"adapter_id": "a"}, 400, "parameters.adapter_id"),
         ({"temperature": 0}, 422, "parameters.temperature"),
         ({"max_new_tokens": 0}, 422, "parameters.max_new_tokens"),

@@ -19,6 +19,7 @@ from scheduler.messages import (
     Request,
     SamplingParams,
     TokenLogprobs,
+    Vocabulary,
 )
 from server import transport
 from server.config import ServerConfig
@@ -34,16 +35,18 @@ from server.transport import (
     encode,
     private_address,
 )
+from tests.scheduler.pattern_grammars import PatternGrammars
 
 SPEC = ExecutorSpec("m", 16, 4, 32, 64, 8, 16, "cpu")
 MESSAGES = [
     (Kind.START, Start(ServerConfig(model="x", served_model_name=("a", "b")), "/models/x")),
     (
         Kind.REQUEST,
-        Request("r", (1, 2), SamplingParams(logit_bias=((3, -1.5),), stop_token_ids=(0,)), 1.25, -1, "salt"),
+        Request("r", (1, 2), SamplingParams(logit_bias=((3, -1.5),)), 1.25, -1, "salt", (5,), grammar="{}"),
     ),
     (Kind.ABORT, "r"),
     (Kind.QUIT, None),
+    (Kind.VOCABULARY, Vocabulary("{}", (1, 2))),
     (Kind.PROGRESS, Progress("weights", 3, 9)),
     (Kind.READY, Ready(SPEC, "plan", 1.5)),
     (
@@ -171,3 +174,32 @@ async def test_an_engine_checks_itself_when_it_is_idle(monkeypatch: pytest.Monke
             await asyncio.to_thread(thread.join, 10)
             api.close()
     assert not thread.is_alive()
+
+
+async def test_an_idle_engine_is_woken_when_a_grammar_is_ready() -> None:
+    grammars = PatternGrammars(forces=False, is_slow=True)
+    core = EngineCore(HashingExecutor(num_blocks=64, block_size=4, vocab_size=4), grammars)
+    told: list[Vocabulary] = []
+    with private_address() as address:
+        api = ApiEnd(address)
+        engine = EngineEnd(address)
+        thread = threading.Thread(target=lambda: (engine.run(core, told.append), engine.close()))
+        thread.start()
+        try:
+            for _ in range(3):  # also long after it has gone to sleep
+                api.send(Kind.VOCABULARY, Vocabulary("{}", ()))
+                api.send(Kind.REQUEST, Request("r", (1,), SamplingParams(), grammar="01"))
+                with pytest.raises(TimeoutError):
+                    await asyncio.wait_for(api.receive(), 0.1)
+                grammars.finish()
+                engine.wake()
+                tokens: list[int] = []
+                while len(tokens) < 3:
+                    _, body = await asyncio.wait_for(api.receive(), 10)
+                    tokens += [token for output in body.outputs for token in output.token_ids]
+                assert tokens == [0, 1, 3]
+        finally:
+            api.send(Kind.QUIT)
+            await asyncio.to_thread(thread.join, 10)
+            api.close()
+    assert told == [Vocabulary("{}", ())] * 3
