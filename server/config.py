@@ -170,6 +170,27 @@ class ServerConfig:
     port: int = _flag(
         8000, _integer(0, 65535), "port to listen on; 0 takes a free one", group="server", metavar="PORT"
     )
+    uds: str | None = _flag(
+        None,
+        str,
+        "unix socket to listen on instead, for this user and group only (mode 0660)",
+        group="server",
+        metavar="PATH",
+    )
+    ssl_certfile: str | None = _flag(
+        None,
+        str,
+        "certificate chain in PEM form: serves HTTPS, and HTTPS only",
+        group="server",
+        metavar="FILE",
+    )
+    ssl_keyfile: str | None = _flag(
+        None,
+        str,
+        "private key of the certificate, without a passphrase (default: in --ssl-certfile)",
+        group="server",
+        metavar="FILE",
+    )
     api_key: tuple[ApiKey, ...] = _flag(
         (),
         parse_api_keys,
@@ -368,4 +389,6 @@ def config_from(arguments: argparse.Namespace, environment: Mapping[str, str] = 
             f"--max-num-batched-tokens ({config.max_num_batched_tokens}) must be at least --max-num-seqs "
             f"({config.max_num_seqs}): each running sequence gets a token in every step"
         )
+    if config.ssl_keyfile is not None and config.ssl_certfile is None:
+        raise ConfigError("--ssl-keyfile needs --ssl-certfile")
     return config

@@ -20,9 +20,12 @@ _LINE_EVERY_S = 2.0
 class Console:
     """Progress bars on a terminal, few lines a stage elsewhere; at last the address and a line to copy."""
 
-    def __init__(self, model: str, url: str, started: float, stream: TextIO = sys.stderr) -> None:
+    def __init__(
+        self, model: str, url: str, started: float, stream: TextIO = sys.stderr, *, uds: str | None = None
+    ) -> None:
         self._model = model
         self._url = url
+        self._uds = uds
         self._started = started
         self._stream = stream
         self._last_line = started
@@ -43,10 +46,12 @@ class Console:
     def show_ready(self, ready: Ready) -> None:
         seconds = time.monotonic() - self._started
         body = json.dumps({"model": self._model, "messages": [{"role": "user", "content": "Hello!"}]})
+        place = self._url if self._uds is None else f"{self._uds} ({self._url})"
+        curl = "curl" if self._uds is None else f"curl --unix-socket {self._uds}"
         self._write(
             f"\n{ready.memory_plan}\n\n"
-            f"Serving {self._model} on {ready.spec.device} at {self._url} (ready in {seconds:.1f} s)\n"
-            f"curl {self._url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
+            f"Serving {self._model} on {ready.spec.device} at {place} (ready in {seconds:.1f} s)\n"
+            f"{curl} {self._url}/v1/chat/completions -H 'Content-Type: application/json' -d '{body}'\n"
         )
 
     def _write(self, text: str) -> None:

@@ -7,6 +7,7 @@ never holds a traceback, a path, an address, or more of the client's own text th
 from __future__ import annotations
 
 from collections.abc import Mapping
+from http import HTTPStatus
 
 import msgspec
 
@@ -36,6 +37,11 @@ class ApiError(Exception):
         self.param = param
         self.code = code or self.default_code
         self.headers = dict(headers or {})
+
+    @property
+    def reason_phrase(self) -> str:
+        """The status in words, as a status line has it."""
+        return HTTPStatus(self.status).phrase
 
     def body(self) -> bytes:
         """OpenAI's error object as JSON."""
@@ -105,6 +111,23 @@ class UnknownUrlError(InvalidRequestError):
 class MethodNotAllowedError(InvalidRequestError):
     status = 405
     default_code = "method_not_allowed"
+
+
+class RequestTimeoutError(InvalidRequestError):
+    """The client sent too slowly."""
+
+    status = 408
+    default_code = "request_timeout"
+
+
+class UriTooLongError(InvalidRequestError):
+    status = 414
+    default_code = "uri_too_long"
+
+
+class HeadersTooLargeError(InvalidRequestError):
+    status = 431
+    default_code = "headers_too_large"
 
 
 class BodyTooLargeError(InvalidRequestError):

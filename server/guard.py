@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import re
 import uuid
@@ -22,6 +23,7 @@ from server.errors import (
     InternalError,
     InvalidApiKeyError,
     InvalidRequestError,
+    RequestTimeoutError,
     ShuttingDownError,
     UnsupportedMediaTypeError,
 )
@@ -35,6 +37,19 @@ SEND_BODY = "inflightd.send_body"
 # A liveness probe has no key; every other path, known or not, needs one where keys are set.
 _OPEN_PATHS = frozenset({"/health/live"})
 
+# On every response: it is data, made for its client only, and no page.
+security_headers: Mapping[str, str] = {
+    "x-content-type-options": "nosniff",
+    "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
+}
+_SECURITY_HEADERS = [(name.encode(), value.encode()) for name, value in security_headers.items()]
+
+# A body may take so long, and a second more for each KB of it that has come.
+_BODY_TIMEOUT_S = 30.0
+_MIN_BODY_BYTES_PER_S = 1000.0
+
+_LINGER_S = 2.0
+
 _CLIENT_REQUEST_ID = re.compile(rb"[A-Za-z0-9._:/=+-]{1,128}")
 
 
@@ -46,7 +61,8 @@ class Guard:
       ``cache_scope`` is set to the name of the key if there are several, else to None.
     - Preflights of allowed origins are answered here, and need no key: browsers send none.
     - A body over ``max_body_bytes`` is refused before it is read if its length is announced, and at the byte
-      that crosses the limit if it is not. Compressed bodies are refused.
+      that crosses the limit if it is not. Compressed bodies are refused, and those that take longer than
+      30 s at less than 1 KB/s.
     - Whatever is raised becomes the error object of the path's API, mostly OpenAI's. Exceptions that are no
       ``ApiError`` are logged with the request id and answered as a plain 500.
     """
@@ -75,10 +91,19 @@ class Guard:
         has_started = False
         is_reading = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
         num_bytes = 0
+        began = asyncio.get_running_loop().time()
 
         async def limited_receive() -> Message:
             nonlocal num_bytes, is_reading
-            message = await receive()
+            if is_reading:
+                deadline = began + _BODY_TIMEOUT_S + num_bytes / _MIN_BODY_BYTES_PER_S
+                try:
+                    async with asyncio.timeout_at(deadline):
+                        message = await receive()
+                except TimeoutError:
+                    raise RequestTimeoutError("The request's body took too long.") from None
+            else:
+                message = await receive()
             if message["type"] == "http.request":
                 num_bytes += len(message.get("body", b""))
                 is_reading = bool(message.get("more_body", False))
@@ -92,10 +117,15 @@ class Guard:
                 has_started = True
                 response_headers = MutableHeaders(scope=message)
                 response_headers["x-request-id"] = request_id
+                response_headers.raw.extend(_SECURITY_HEADERS)
                 response_headers.update(self._cors.headers(headers))
                 if is_reading:
                     # What the client has yet to send would be taken for its next request.
                     response_headers["connection"] = "close"
+            elif is_reading and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _drain(receive)
+                message = {"type": "http.response.body", "body": b"", "more_body": False}
             await send(message)
 
         preflight = self._cors.preflight(scope["method"], headers)
@@ -143,9 +173,22 @@ class Guard:
         return BodyTooLargeError(f"The request body is larger than {self._max_body_bytes} bytes.")
 
 
+async def _drain(receive: Receive) -> None:
+    """Takes what the client still sends, for a moment: closed at once, the connection would be reset, and an
+    answer be lost that the client has not read."""
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(_LINGER_S):
+            while (await receive()).get("more_body", False):
+                pass
+
+
 def _request_id(sent: bytes | None) -> str:
     if sent is not None and _CLIENT_REQUEST_ID.fullmatch(sent):
         return sent.decode("ascii")
+    return new_request_id()
+
+
+def new_request_id() -> str:
     return f"req_{uuid.uuid4().hex}"
 
 

@@ -16,11 +16,13 @@ import logging
 import os
 import signal
 import socket
+import ssl
+import stat
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from server.config import ServerConfig
 from server.model_source import ModelSource, find_model
@@ -32,6 +34,7 @@ _log = logging.getLogger(__name__)
 # A client that takes nothing for so long is gone, as ``sse`` sees it too: the kernel drops what waits for it.
 # Without this, a closed connection would wait for ever to send its rest to a client that reads no more.
 _UNSENT_TIMEOUT_MS = 30_000
+_BACKLOG = 2048
 _LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
@@ -52,19 +55,39 @@ def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     for note in notes:
         _log.info("%s", note)
+    check_certificate(config)
     listener = listen(config)
-    with listener:
+    with listener, _unlinked_at_last(config.uds):
         source = find_model(config.model)
         config = dataclasses.replace(config, served_model_name=config.served_model_name or (source.name,))
         uvloop.run(_serve(config, source, listener))
 
 
+def check_certificate(config: ServerConfig) -> None:
+    """Raises LaunchError if there are TLS files that cannot be used, before gigabytes are loaded."""
+    if config.ssl_certfile is None:
+        return
+
+    def refuse() -> NoReturn:
+        raise LaunchError("the private key has a passphrase; --ssl-keyfile takes a key without one")
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(config.ssl_certfile, config.ssl_keyfile, refuse)
+    except OSError as error:  # SSLError is one
+        files = " and ".join(filter(None, (config.ssl_certfile, config.ssl_keyfile)))
+        reason = error.strerror or str(error)
+        raise LaunchError(f"no certificate and key can be read from {files}: {reason}") from None
+
+
 def listen(config: ServerConfig) -> socket.socket:
-    """Binds first of all: a port that is taken should be known before gigabytes are loaded.
+    """Binds first of all: an address that is taken should be known before gigabytes are loaded.
 
     Raises:
         LaunchError: the address cannot be had.
     """
+    if config.uds is not None:
+        return _listen_at(config.uds)
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
@@ -72,7 +95,7 @@ def listen(config: ServerConfig) -> socket.socket:
         if sys.platform == "linux":  # the connections inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_TIMEOUT_MS)
         listener.bind((config.host, config.port))
-        listener.listen(2048)
+        listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)
@@ -83,12 +106,50 @@ def listen(config: ServerConfig) -> socket.socket:
     return listener
 
 
+def _listen_at(path: str) -> socket.socket:
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            if stat.S_ISSOCK(os.stat(path).st_mode) and not _has_listener(path):
+                os.unlink(path)  # a server that was killed left it behind
+        before = os.umask(0o117)
+        try:
+            listener.bind(path)
+        finally:
+            os.umask(before)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        reason = error.strerror or str(error)
+        raise LaunchError(f"cannot listen on {path}: {reason}. Choose another with --uds.") from None
+    return listener
+
+
+def _has_listener(path: str) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            return False
+        return True
+
+
+@contextlib.contextmanager
+def _unlinked_at_last(path: str | None) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        if path is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(path)
+
+
 async def _serve(config: ServerConfig, source: ModelSource, listener: socket.socket) -> None:
     from server.console import Console
     from server.engine_client import ZmqEngineClient
 
     started = time.monotonic()
-    console = Console(source.name, _url(listener), started)
+    console = Console(source.name, _url(config, listener), started, uds=config.uds)
     loop = asyncio.get_running_loop()
     failed = asyncio.Event()
     failures: list[str] = []
@@ -110,6 +171,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         import uvicorn
 
         from server.app import create_app
+        from server.http_protocol import HttpProtocol
         from server.response_database import ResponseDatabaseError
         from server.tokenizer import load_tokenizer
         from server.tokenizer_spec import TokenizerError
@@ -128,10 +190,12 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
                 app,
                 log_config=None,
                 access_log=False,
-                http="httptools",
+                http=HttpProtocol,
                 ws="none",
                 lifespan="off",
                 server_header=False,
+                ssl_certfile=config.ssl_certfile,
+                ssl_keyfile=config.ssl_keyfile,
                 timeout_graceful_shutdown=config.shutdown_timeout,
             )
         )
@@ -163,9 +227,12 @@ async def _exit_on(failed: asyncio.Event, server: uvicorn.Server) -> None:
     server.should_exit = True
 
 
-def _url(listener: socket.socket) -> str:
+def _url(config: ServerConfig, listener: socket.socket) -> str:
+    scheme = "http" if config.ssl_certfile is None else "https"
+    if config.uds is not None:
+        return f"{scheme}://localhost"
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"
 
 
 def run_engine(address: str, parent_id: int) -> int:

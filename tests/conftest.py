@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -17,3 +19,19 @@ os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 def smollm2_path() -> Path:
     """The GGUF file of the embedded default model, fetched once into the user's cache."""
     return fetch_default_model()
+
+
+@pytest.fixture(scope="session")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Files of a certificate for ``localhost`` and of its key, made anew."""
+    if shutil.which("openssl") is None:
+        pytest.skip("openssl makes the certificate")
+    folder = tmp_path_factory.mktemp("tls")
+    certfile, keyfile = str(folder / "cert.pem"), str(folder / "key.pem")
+    subprocess.run(
+        ["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes",
+         "-days", "2", "-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost",
+         "-keyout", keyfile, "-out", certfile],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    return certfile, keyfile

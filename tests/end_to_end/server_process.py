@@ -52,7 +52,7 @@ class ServerProcess:
         assert self.process.stderr is not None
         for line in self.process.stderr:
             self.lines.append(line.rstrip("\n"))
-            found = re.search(r" at (http://\S+) \(ready in", line)
+            found = re.search(r" at (?:\S+ \()?(https?://[^\s)]+)\)? \(ready in", line)
             if found:
                 self.url = found[1]
                 self._has_url.set()

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -15,6 +16,8 @@ from pathlib import Path
 import httpx
 import pytest
 
+from server.config import ServerConfig
+from server.launch import LaunchError, listen
 from tests.end_to_end.server_process import ServerProcess
 
 LONG = {
@@ -116,15 +119,29 @@ def test_a_second_signal_ends_what_the_first_lets_finish(smollm2_path: Path) -> 
     assert any("shutting down" in line for line in server.lines)
 
 
-def test_the_engine_follows_a_killed_server(smollm2_path: Path) -> None:
-    with ServerProcess("--max-model-len", "512") as server:
+def test_a_server_on_a_socket_with_tls_and_its_engine_that_follows_it_when_killed(
+    smollm2_path: Path, tmp_path: Path, certificate: tuple[str, str]
+) -> None:
+    uds, (certfile, keyfile) = str(tmp_path / "s"), certificate
+    flags = ("--max-model-len", "512", "--uds", uds, "--ssl-certfile", certfile, "--ssl-keyfile", keyfile)
+    with ServerProcess(*flags) as server:
         engine = server.engine_pid
+        curl = next(line for line in server.lines if line.startswith("curl "))
+        assert curl.startswith(f"curl --unix-socket {uds} https://localhost/v1/")
+        context = ssl.create_default_context(cafile=certfile)
+        with httpx.Client(transport=httpx.HTTPTransport(uds=uds, verify=context)) as client:
+            answer = client.post(f"{server.url}/v1/completions", json=LONG | {"max_tokens": 3}).json()
+        assert answer["usage"]["completion_tokens"] == 3
+        with pytest.raises(LaunchError, match="in use"):
+            listen(ServerConfig(uds=uds))
         server.process.kill()
         server.process.wait()
         deadline = time.monotonic() + 5
         while Path(f"/proc/{engine}").exists() and "Z" not in _state(engine):
             assert time.monotonic() < deadline
             time.sleep(0.02)
+    with listen(ServerConfig(uds=uds)):  # what it left behind is in nobody's way
+        pass
 
 
 def _state(pid: int) -> str:

@@ -16,6 +16,7 @@ from fastapi import FastAPI
 from server.app import create_app
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
+from server.http_protocol import HttpProtocol
 from server.launch import listen
 from server.tokenizer import Tokenizer
 
@@ -47,7 +48,8 @@ async def serving(app: FastAPI, **settings: Any) -> AsyncIterator[int]:
 @asynccontextmanager
 async def serving_at(listener: socket.socket, app: FastAPI, **settings: Any) -> AsyncIterator[uvicorn.Server]:
     """Serves an application with uvicorn on a socket that listens."""
-    server = uvicorn.Server(uvicorn.Config(app, lifespan="off", log_config=None, ws="none", **settings))
+    settings = {"http": HttpProtocol, "lifespan": "off", "log_config": None, "ws": "none"} | settings
+    server = uvicorn.Server(uvicorn.Config(app, **settings))
     task = asyncio.create_task(server.serve([listener]))
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.005)

@@ -40,6 +40,9 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "reasoning_parser": ("none", "none"),
         "host": ("::1", "::1"),
         "port": ("0", 0),
+        "uds": ("/run/a.sock", "/run/a.sock"),
+        "ssl_certfile": ("c.pem", "c.pem"),
+        "ssl_keyfile": ("k.pem", "k.pem"),
         "api_key": ("k1, k2", (api_key("k1"), api_key("k2"))),
         "api_key_file": (str(key_file), (api_key("k3", "ann"),)),
         "allowed_origins": ("https://A.example, *", ("https://a.example", "*")),
@@ -89,6 +92,11 @@ def test_a_wrong_value_is_named(flag: str, text: str, says: str) -> None:
     variable = "INFLIGHTD_" + flag[2:].upper().replace("-", "_")
     with pytest.raises(ConfigError, match=variable):
         configure(environment={variable: text})
+
+
+def test_a_key_needs_its_certificate() -> None:
+    with pytest.raises(ConfigError, match="--ssl-keyfile needs --ssl-certfile"):
+        configure("--ssl-keyfile", "k.pem")
 
 
 def test_a_step_has_a_token_for_every_sequence() -> None:
