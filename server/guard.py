@@ -37,12 +37,11 @@ SEND_BODY = "inflightd.send_body"
 # A liveness probe has no key; every other path, known or not, needs one where keys are set.
 _OPEN_PATHS = frozenset({"/health/live"})
 
-# On every response: it is data, made for its client only, and no page.
+# On every response that does not say otherwise: it is data and no page.
 security_headers: Mapping[str, str] = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
 }
-_SECURITY_HEADERS = [(name.encode(), value.encode()) for name, value in security_headers.items()]
 
 # A body may take so long, and a second more for each KB of it that has come.
 _BODY_TIMEOUT_S = 30.0
@@ -117,7 +116,8 @@ class Guard:
                 has_started = True
                 response_headers = MutableHeaders(scope=message)
                 response_headers["x-request-id"] = request_id
-                response_headers.raw.extend(_SECURITY_HEADERS)
+                for name, value in security_headers.items():
+                    response_headers.setdefault(name, value)
                 response_headers.update(self._cors.headers(headers))
                 if is_reading:
                     # What the client has yet to send would be taken for its next request.
