@@ -140,6 +140,15 @@ class UnsupportedMediaTypeError(InvalidRequestError):
     default_code = "unsupported_media_type"
 
 
+class TooManyRequestsError(ApiError):
+    status = 429
+    type = "rate_limit_error"
+    default_code = "rate_limit_exceeded"
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, headers={"retry-after": "1"})
+
+
 class InternalError(ApiError):
     """A fault of ours. The cause is logged under the request id; the client learns the id only."""
 

@@ -206,7 +206,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         watcher = asyncio.create_task(_exit_on(failed, server))
         await server.serve(sockets=[listener])
         watcher.cancel()
-        app.state.service.close()
+        await app.state.service.close()
     finally:
         await engine.stop()
     if failures:

@@ -105,6 +105,14 @@ class ResponsesForm:
         self.response = self._response("failed", error=told)
         return closing + self._event("response.failed", response=self.response)
 
+    def waiting(self) -> None:
+        """The response that is worked on in the background."""
+        self.response = self._response("in_progress")
+
+    def cancelled(self) -> None:
+        """The response that is not wanted any more."""
+        self.response = self._response("cancelled")
+
     def _finish(self, usage: Usage) -> None:
         self.response = self._response(
             "incomplete" if self._is_cut else "completed",

@@ -55,6 +55,7 @@ class ResponseCall:
     items: list[dict[str, Any]]
     settings: dict[str, Any]
     is_stored: bool
+    is_background: bool
 
 
 async def response_call(
@@ -66,7 +67,13 @@ async def response_call(
     call = await validator.chat_of(
         chat, arrival, id_prefix="resp_", prompt_name="input", limit_name="max_output_tokens"
     )
-    return ResponseCall(call, items, _settings(wire), is_stored=wire.store is not False)
+    return ResponseCall(
+        call,
+        items,
+        _settings(wire),
+        is_stored=wire.store is not False,
+        is_background=bool(wire.background),
+    )
 
 
 async def count_input_tokens(
@@ -113,10 +120,15 @@ async def _chat(
 
 
 def _check(wire: ResponsesRequest) -> None:
-    if wire.background:
+    if wire.background and wire.stream:
         raise UnsupportedParameterError(
-            "'background' other than false is not supported by this server. Leave it out and stream.",
+            "'stream' is not supported together with 'background'. Leave one of them out.", param="stream"
+        )
+    if wire.background and wire.store is False:
+        raise InvalidRequestError(
+            "'background' needs 'store': a response that is not kept could not be asked for.",
             param="background",
+            code="invalid_value",
         )
     for index, name in enumerate(wire.include or ()):
         if name != _LOGPROBS and name not in _EMPTY_INCLUDES:
@@ -274,7 +286,7 @@ def _response_format(wire: ResponsesRequest) -> dict[str, Any] | None:
 def _settings(wire: ResponsesRequest) -> dict[str, Any]:
     choice = wire.tool_choice or "auto"
     return {
-        "background": False,
+        "background": bool(wire.background),
         "instructions": wire.instructions,
         "max_output_tokens": wire.max_output_tokens,
         "max_tool_calls": None,

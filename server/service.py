@@ -15,6 +15,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.answer import Answer, AnswerForm
+from server.background_responses import BackgroundResponses
 from server.call import Call
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
@@ -44,6 +45,7 @@ class Service:
     validator: Validator
     responses: ResponseStore
     grammar_check: GrammarCheck
+    background: BackgroundResponses = field(default_factory=BackgroundResponses)
     started: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property
@@ -59,8 +61,9 @@ class Service:
             raise EngineDeadError("the engine is not ready")
         return body, num_bytes
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Gives back what outlives a request."""
+        await self.background.close()
         self.responses.close()
         self.grammar_check.close()
 

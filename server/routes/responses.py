@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
 from typing import Any
@@ -13,7 +14,14 @@ from starlette.responses import Response
 
 from server.answer import Answer
 from server.api_keys import cache_scope
-from server.errors import InvalidRequestError, ResponseNotFoundError, UnsupportedParameterError, excerpt
+from server.background_responses import BackgroundResponses
+from server.errors import (
+    InvalidRequestError,
+    ResponseNotFoundError,
+    ShuttingDownError,
+    UnsupportedParameterError,
+    excerpt,
+)
 from server.guard import api_error
 from server.json_body import read_json_object
 from server.response_store import ResponseStore, StoredResponse
@@ -36,8 +44,14 @@ async def create_response(request: Request) -> Response:
     form = ResponsesForm(asked, service.tokenization.tokenizer)
     answer = service.answer_to(asked.call, form)
     keeping = _Keeping(service.responses, asked, form, owner)
+    request_id, path = request.state.request_id, request.scope["path"]
+    if asked.is_background:
+        service.background.check_room()
+        form.waiting()
+        waiting = await keeping.keep()
+        service.background.start(asked.call.id, _work(answer, keeping, service.background, request_id, path))
+        return Response(waiting, media_type="application/json")
     if asked.call.is_stream:
-        request_id, path = request.state.request_id, request.scope["path"]
         return EventStream(_events(answer, keeping, request_id, path), request_id)
     whole = await while_connected(request, answer.whole())
     await keeping.keep()
@@ -58,7 +72,7 @@ async def retrieve_response(request: Request) -> Response:
         raise UnsupportedParameterError(
             "'stream' is not supported for responses that are complete. Leave it out.", param="stream"
         )
-    return Response((await _found(request)).body, media_type="application/json")
+    return Response(await _body(request), media_type="application/json")
 
 
 @router.get("/v1/responses/{response_id}/input_items")
@@ -95,14 +109,21 @@ async def list_input_items(request: Request) -> Response:
 
 @router.post("/v1/responses/{response_id}/cancel")
 async def cancel_response(request: Request) -> Response:
-    await _found(request)
-    raise InvalidRequestError("Only responses with 'background' can be cancelled; close the stream instead.")
+    found = await _found(request)
+    if not msgspec.json.decode(found.body)["background"]:
+        raise InvalidRequestError(
+            "Only responses with 'background' can be cancelled; close the stream instead."
+        )
+    await service_of(request).background.cancel(found.id)
+    return Response(await _body(request), media_type="application/json")
 
 
 @router.delete("/v1/responses/{response_id}")
 async def delete_response(request: Request) -> Response:
-    response_id = request.path_params["response_id"]
-    if not await service_of(request).responses.delete(response_id, _owner()):
+    response_id = (await _found(request)).id
+    service = service_of(request)
+    await service.background.cancel(response_id)
+    if not await service.responses.delete(response_id, _owner()):
         raise _not_found(response_id)
     return _json({"id": response_id, "object": "response", "deleted": True})
 
@@ -116,12 +137,14 @@ class _Keeping:
         self._owner = owner
         self.form = form
 
-    async def keep(self) -> None:
+    async def keep(self) -> bytes:
+        """Returns what is stored; nothing as long as there is nothing to store."""
         response = self.form.response
         if response is None or not self._asked.is_stored:
-            return
+            return b""
         body, items = msgspec.json.encode(response), msgspec.json.encode(self._asked.items)
         await self._store.put(StoredResponse(response["id"], self._owner, body, items))
+        return body
 
 
 async def _events(
@@ -140,6 +163,35 @@ async def _events(
         failure = form.failed(api_error(error, request_id, path))
         await keeping.keep()
         yield failure
+
+
+async def _work(
+    answer: Answer, keeping: _Keeping, background: BackgroundResponses, request_id: str, path: str
+) -> None:
+    """Answers in the background, and stores what came of it."""
+    try:
+        await answer.whole()
+    except asyncio.CancelledError:
+        if background.is_closing:
+            keeping.form.failed(ShuttingDownError())
+        else:
+            keeping.form.cancelled()
+    except Exception as error:
+        keeping.form.failed(api_error(error, request_id, path))
+    await asyncio.shield(keeping.keep())  # what is complete stays so
+
+
+async def _body(request: Request) -> bytes:
+    """The response as it is now."""
+    found = await _found(request)
+    if service_of(request).background.is_running(found.id):
+        return found.body
+    # It may have been running when its server ended.
+    response = msgspec.json.decode((await _found(request)).body)
+    if response["status"] == "in_progress":
+        error = {"code": "server_error", "message": "The server ended before the response was complete."}
+        response |= {"status": "failed", "error": error}
+    return msgspec.json.encode(response)
 
 
 async def _found(request: Request) -> StoredResponse:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Iterator
 
 import anthropic
@@ -46,6 +47,22 @@ def test_a_stop_sequence_and_an_error(client: Anthropic) -> None:
     assert "Par" not in cut.content[0].text
     with pytest.raises(anthropic.BadRequestError, match="max_tokens"):
         client.messages.create(model=MODEL, max_tokens=10_000, messages=QUESTION)
+
+
+def test_a_form_for_the_text(client: Anthropic) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"country": {"enum": ["France", "Italy"]}},
+        "required": ["country"],
+        "additionalProperties": False,
+    }
+    message = client.messages.create(
+        model=MODEL,
+        max_tokens=40,
+        messages=QUESTION,
+        output_config={"format": {"type": "json_schema", "schema": schema}},
+    )
+    assert json.loads(message.content[0].text)["country"] in ("France", "Italy")
 
 
 async def test_async_streams_run_together(server: ServerProcess) -> None:

@@ -7,8 +7,10 @@ import json
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Literal
 
 import openai
+import pydantic
 import pytest
 from openai import AsyncOpenAI, OpenAI
 
@@ -56,6 +58,27 @@ def test_stream(client: OpenAI) -> None:
     assert "".join(pieces) == response.output_text
     assert response.status == "completed"
     assert client.responses.retrieve(response.id).output_text == response.output_text
+
+
+class City(pydantic.BaseModel):
+    name: str
+    country: Literal["France", "Italy"]
+
+
+def test_a_form_for_the_text(client: OpenAI) -> None:
+    question = "The capital of France, as JSON."
+    parsed = client.responses.parse(
+        model=MODEL, input=question, text_format=City, temperature=0, max_output_tokens=60
+    )
+    assert parsed.output_parsed is not None
+    assert parsed.output_parsed.country in ("France", "Italy")
+    assert parsed.text is not None
+    assert parsed.text.format is not None
+    assert parsed.text.format.type == "json_schema"
+    with client.responses.stream(
+        model=MODEL, input=question, text_format=City, temperature=0, max_output_tokens=60
+    ) as stream:
+        assert stream.get_final_response().output_parsed == parsed.output_parsed
 
 
 async def test_async_stream(server: ServerProcess) -> None:

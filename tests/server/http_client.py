@@ -34,7 +34,7 @@ async def api(
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
             yield client
     finally:
-        app.state.service.close()
+        await app.state.service.close()
 
 
 @asynccontextmanager
