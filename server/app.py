@@ -24,6 +24,7 @@ from server.routes import (
     embeddings,
     health,
     models,
+    openapi,
     page,
     responses,
     tgi,
@@ -59,7 +60,19 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     store = ResponseMemory() if config.responses_db is None else ResponseDatabase(config.responses_db)
     app.state.service = Service(config, engine, tokenization, metrics, validator, store, check)
-    for routes in (chat, completions, responses, embeddings, anthropic, models, health, tokens, tgi, page):
+    for routes in (
+        chat,
+        completions,
+        responses,
+        embeddings,
+        anthropic,
+        models,
+        health,
+        tokens,
+        tgi,
+        page,
+        openapi,
+    ):
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
