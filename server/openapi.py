@@ -1,7 +1,7 @@
 """The OpenAPI document (version 3.1) of what is served.
 
-Bodies come from the models that check them. What those cannot say (limits that depend on the model, fields that
-exclude each other) is answered by an error in the form that is documented.
+Bodies come from the models that check them. What those cannot say (limits that depend on the model, fields
+that exclude each other) is answered by an error in the form that is documented.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ OPERATIONS = (
     Operation("get", "/v1/models", "The model that is served, by its names"),
     Operation("get", "/v1/models/{model_id}", "One name"),
     Operation(
-        "post", "/tokenize", "Text or conversation to tokens", (TokenizeCompletionRequest, TokenizeChatRequest)
+        "post", "/tokenize", "Text or messages to tokens", (TokenizeCompletionRequest, TokenizeChatRequest)
     ),
     Operation("post", "/detokenize", "Tokens to text", (DetokenizeRequest,)),
     Operation("post", "/generate", "Text Generation Inference's answer", (GenerateRequest,), errors="tgi"),

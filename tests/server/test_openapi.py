@@ -1,4 +1,4 @@
-"""The OpenAPI document against the application: every route is in it, and generated requests get what it says."""
+"""The OpenAPI document against the application: every route, and what generated requests get."""
 
 from __future__ import annotations
 
