@@ -95,6 +95,7 @@ def main() -> None:
             options.model or fetch_default_model(),
             dtype=options.dtype,
             max_model_len=2048,
+            max_num_batched_tokens=_PREFILLS * _PROMPT,
             kv_cache_bytes=1 << 30,
             num_threads=options.threads,
         )

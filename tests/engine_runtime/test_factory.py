@@ -7,6 +7,7 @@ import pytest
 
 from engine_runtime.executors.onnxruntime import factory
 from engine_runtime.executors.onnxruntime.factory import plan_cpu_memory
+from engine_runtime.executors.onnxruntime.packed_product import has_packed_product
 from engine_runtime.factory import (
     CheckpointError,
     DeviceError,
@@ -83,8 +84,21 @@ def test_plan_needs_no_weights_and_counts_what_is_stored(tmp_path: Path) -> None
     entries = 2 * config.vocab_size * hidden  # embeddings and output projection
     norms = (2 * layers + 1) * hidden
     assert exact.weight_bytes == 4 * (matrices + entries + norms)
-    assert quantized.weight_bytes < exact.weight_bytes / 3
-    assert quantized.weight_bytes >= matrices + entries
+    copies = 2 if has_packed_product() else 1
+    assert quantized.weight_bytes < exact.weight_bytes * copies / 3
+    assert quantized.weight_bytes >= copies * matrices + entries
+
+
+def test_a_second_copy_of_the_weights_takes_little_of_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(write_tiny_checkpoint("llama", tmp_path))
+    sizes = []
+    monkeypatch.setattr(factory, "available_memory", lambda: 1_000_000_000)
+    for copy in (100_000_000, 100_000_001, 0):
+        monkeypatch.setattr(factory, "packed_bytes", lambda graph, copy=copy: copy)
+        sizes.append(plan_cpu_memory(RuntimeConfig(tmp_path, dtype="int8"), checkpoint).weight_bytes)
+    assert sizes == [sizes[2] + 100_000_000, sizes[2], sizes[2]]
 
 
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:

@@ -19,7 +19,8 @@ CONTEXT_LEN = 13
 BLOCK_TABLES = 14
 BLOCK_TABLE_WIDTH = 15
 TILES = 16
-_SIZE = 17
+PRODUCT_TASKS = 17  # of a packed product, at every step: each reads its share of the weights
+_SIZE = 18
 
 _TASKS_A_THREAD = 4  # so that a thread that was held up does not hold up the others
 _ROWS_ALONE = 4  # so few rows take less time than to wake a thread
@@ -32,6 +33,7 @@ class StepRecord:
         """``group`` is the number of query heads that share a KV head."""
         self.words = np.zeros(_SIZE, np.int64)
         self.max_tasks = max(1, num_threads * _TASKS_A_THREAD)
+        self.words[PRODUCT_TASKS] = 1 if num_threads == 1 else self.max_tasks
         self._num_threads = num_threads
         self._num_kv_heads = num_kv_heads
         self._group = group

@@ -11,7 +11,7 @@ import pytest
 from onnx import helper
 
 from engine_runtime.executors.onnxruntime import row_kernels
-from engine_runtime.executors.onnxruntime.decoder_session import OPERATORS, ROW_KERNELS
+from engine_runtime.executors.onnxruntime.node_states import OPERATORS, ROW_KERNELS
 from engine_runtime.executors.onnxruntime.operators import DOMAIN, OperatorTable, compiled
 from engine_runtime.executors.onnxruntime.ort_session import ELEMENT_TYPES, OrtSession
 
