@@ -1,4 +1,8 @@
-"""The decoder's graph compiled to one session of ONNX Runtime, with its weights and its KV cache."""
+"""The decoder's graph compiled to sessions of ONNX Runtime, with its weights.
+
+One session multiplies with ONNX Runtime's own product. If asked for, a second one has the same nodes, but
+reads weights that are packed for steps of few tokens. Both give the same bits.
+"""
 
 from __future__ import annotations
 
@@ -22,17 +26,11 @@ from engine_runtime.executors.onnxruntime.decoder_graph import (
     StoredWeight,
 )
 from engine_runtime.executors.onnxruntime.node_states import OPERATORS, NodeStates
-from engine_runtime.executors.onnxruntime.operators import (
-    DOMAIN,
-    compiled,
-)
+from engine_runtime.executors.onnxruntime.operators import DOMAIN, compiled
 from engine_runtime.executors.onnxruntime.ort_session import OrtSession, external_initializer, packs_matrices
 from engine_runtime.executors.onnxruntime.packed_weights import PackedWeights, packed_bytes
 from engine_runtime.executors.onnxruntime.quantization import quantize_weight
-from engine_runtime.executors.onnxruntime.step_record import (
-    TOKENS,
-    StepRecord,
-)
+from engine_runtime.executors.onnxruntime.step_record import TOKENS, StepRecord
 from engine_runtime.kernels.cpu import KvCache
 from engine_runtime.weights.checkpoint import Checkpoint
 

@@ -89,7 +89,7 @@ def _logits(checkpoint: Checkpoint, lengths: list[int], max_narrow: int) -> npt.
         session.hidden[: start[-1]] = rng.standard_normal((start[-1], config.hidden_size), np.float32)
         context += step
         session.record.fill(StepLayout(start, context, blocks), count)
-        session.run(start[1:] - 1)
+        session.run((start[1:] - 1).astype(np.int64))
         found.append(session.logits[:count].copy())
     session.close()
     return np.array(found)
