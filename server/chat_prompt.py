@@ -129,8 +129,10 @@ class ChatPrompts:
 
     def _call_id(self, call_id: str) -> str:
         """An id that the template takes: Mistral's only take nine letters and digits."""
-        if self._formats.tools is not MISTRAL or (
-            len(call_id) == _SHORT_ID_CHARS and call_id.isascii() and call_id.isalnum()
+        if (
+            self._formats.tools is None
+            or self._formats.tools.name != MISTRAL.name
+            or (len(call_id) == _SHORT_ID_CHARS and call_id.isascii() and call_id.isalnum())
         ):
             return call_id
         digest = hashlib.sha256(call_id.encode("utf-8", "surrogatepass")).digest()

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from server.parsing.formats import (
     DEEPSEEK,
+    DEEPSEEK_BLOCKS,
     HARMONY,
     HARMONY_REASONING,
     HERMES,
     LLAMA3_JSON,
     MISTRAL,
+    MISTRAL_NAMED,
     PYTHONIC,
+    PYTHONIC_MARKED,
     REASONING_FORMATS,
     ReasoningFormat,
     ToolFormat,
 )
 
-# Formats that look like Hermes but have XML inside of the element, which no parser here reads.
-_XML_CALLS = ("<function=", "<arg_key>", "<parameter=", "<parameter name=")
+# Formats that look like others but have XML inside, which no parser here reads.
+_XML_CALLS = ("<function=", "<arg_key>", "<parameter=", "<parameter name=", "<invoke")
 
 
 def tool_format_of(template: str) -> ToolFormat | None:
@@ -24,12 +27,16 @@ def tool_format_of(template: str) -> ToolFormat | None:
     if _is_harmony(template):
         return HARMONY
     if "<｜tool▁call▁begin｜>" in template:
-        return DEEPSEEK
+        return DEEPSEEK_BLOCKS if "```json" in template else DEEPSEEK
     if "[TOOL_CALLS]" in template:
-        return MISTRAL
-    if "<tool_call>" in template and not any(each in template for each in _XML_CALLS):
+        return MISTRAL_NAMED if "[ARGS]" in template else MISTRAL
+    if any(each in template for each in _XML_CALLS):
+        return None
+    if "<tool_call>" in template:
         return HERMES
-    if "<|tool_call_start|>" in template or "<|python_start|>" in template:
+    if "<|tool_call_start|>" in template:
+        return PYTHONIC_MARKED
+    if "<|python_start|>" in template:
         return PYTHONIC
     if "<|python_tag|>" in template or ("ipython" in template and '"parameters"' in template):
         return LLAMA3_JSON

@@ -6,9 +6,10 @@ import random
 import string
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from server.parsing.call_syntax import CallSyntax, DeepSeekCalls, JsonCalls, MistralCalls
+from server.parsing.call_writing import CallWriting
 from server.parsing.python_calls import PythonCalls
 
 
@@ -32,10 +33,12 @@ class ToolFormat:
         is_bare: an answer may also begin with a call that nothing announces. Such a call counts only if it
             calls one of the request's functions.
         syntax: what stands between ``begins`` and ``ends``.
+        writing: how to write calls so that they can be read. One of several ways, where models differ.
     """
 
     name: str
     syntax: CallSyntax
+    writing: CallWriting
     begins: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     others: tuple[str, ...] = ()
@@ -60,38 +63,74 @@ class ReasoningFormat:
         return (self.begin, self.end)
 
 
+_DEEPSEEK_BEGIN = "<｜tool▁call▁begin｜>"
 _DEEPSEEK_END = "<｜tool▁call▁end｜>"
+_DEEPSEEK_ALL_BEGIN = "<｜tool▁calls▁begin｜>"
 _DEEPSEEK_ALL_END = "<｜tool▁calls▁end｜>"
 _DEEPSEEK_SEPARATOR = "<｜tool▁sep｜>"
 
-HERMES = ToolFormat("hermes", JsonCalls(("</tool_call>",)), ("<tool_call>",), ("</tool_call>",))
-LLAMA3_JSON = ToolFormat("llama3_json", JsonCalls(), ("<|python_tag|>",), is_bare=True)
+_PLAIN_JSON = CallWriting('{"name": "', '", "arguments": ', "}", "[", "]", ", ", is_plain_alone=True)
+
+HERMES = ToolFormat(
+    "hermes",
+    JsonCalls(("</tool_call>",)),
+    CallWriting('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", between="\n"),
+    ("<tool_call>",),
+    ("</tool_call>",),
+)
+LLAMA3_JSON = ToolFormat(
+    "llama3_json",
+    JsonCalls(),
+    CallWriting('{"name": "', '", "parameters": ', "}", between="; "),
+    ("<|python_tag|>",),
+    is_bare=True,
+)
 MISTRAL = ToolFormat(
     "mistral",
     MistralCalls(),
+    CallWriting('{"name": "', '", "arguments": ', "}", "[TOOL_CALLS][", "]", ", "),
     ("[TOOL_CALLS]",),
     others=("[ARGS]", "[CALL_ID]"),
     new_call_id=_short_call_id,
 )
+MISTRAL_NAMED = replace(MISTRAL, writing=CallWriting("[TOOL_CALLS]", "[ARGS]", ""))
 PYTHONIC = ToolFormat(
     "pythonic",
     PythonCalls(),
+    CallWriting("", "(", ")", "[", "]", ", ", has_keywords=True),
     ("<|python_start|>", "<|tool_call_start|>"),
     ("<|python_end|>", "<|tool_call_end|>"),
     is_bare=True,
 )
+PYTHONIC_MARKED = replace(
+    PYTHONIC,
+    writing=CallWriting("", "(", ")", "<|tool_call_start|>[", "]<|tool_call_end|>", ", ", has_keywords=True),
+)
 DEEPSEEK = ToolFormat(
     "deepseek",
     DeepSeekCalls(_DEEPSEEK_SEPARATOR, (_DEEPSEEK_END, _DEEPSEEK_ALL_END)),
-    ("<｜tool▁call▁begin｜>",),
+    CallWriting(_DEEPSEEK_BEGIN, _DEEPSEEK_SEPARATOR, _DEEPSEEK_END, _DEEPSEEK_ALL_BEGIN, _DEEPSEEK_ALL_END),
+    (_DEEPSEEK_BEGIN,),
     (_DEEPSEEK_END,),
-    (_DEEPSEEK_SEPARATOR, "<｜tool▁calls▁begin｜>", _DEEPSEEK_ALL_END),
+    (_DEEPSEEK_SEPARATOR, _DEEPSEEK_ALL_BEGIN, _DEEPSEEK_ALL_END),
 )
-JSON = ToolFormat("json", JsonCalls(), is_bare=True)
+DEEPSEEK_BLOCKS = replace(
+    DEEPSEEK,
+    writing=CallWriting(
+        f"{_DEEPSEEK_BEGIN}function{_DEEPSEEK_SEPARATOR}",
+        "\n```json\n",
+        f"\n```{_DEEPSEEK_END}",
+        _DEEPSEEK_ALL_BEGIN,
+        _DEEPSEEK_ALL_END,
+        "\n",
+    ),
+)
+JSON = ToolFormat("json", JsonCalls(), _PLAIN_JSON, is_bare=True)
 # What lies between the markers is read by a parser of its own.
 HARMONY = ToolFormat(
     "harmony",
     JsonCalls(),
+    CallWriting("<|channel|>commentary to=functions.", " <|constrain|>json<|message|>", "", between=None),
     others=("<|start|>", "<|channel|>", "<|constrain|>", "<|message|>", "<|end|>", "<|call|>", "<|return|>"),
 )
 
