@@ -16,6 +16,7 @@ def responses_db(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(smollm2_path: Path, responses_db: Path) -> Iterator[ServerProcess]:
-    """One server with the default model for all tests that leave it as it was."""
-    with ServerProcess("--max-model-len", "2048", "--responses-db", str(responses_db)) as server:
+    """One server with the default model for all tests that leave it as it was; started as TGI is."""
+    environment = {"MODEL_ID": "smollm2-135m-instruct", "MAX_TOTAL_TOKENS": "2048"}
+    with ServerProcess("--responses-db", str(responses_db), environment=environment) as server:
         yield server

@@ -36,6 +36,17 @@ def test_it_prints_a_plan_a_url_and_a_curl_line_that_works(server: ServerProcess
     assert '"chat.completion"' in done.stdout
 
 
+def test_it_says_what_became_of_tgis_variables(server: ServerProcess) -> None:
+    [line] = [line for line in server.lines if "MAX_TOTAL_TOKENS" in line]
+    assert line.endswith("MAX_TOTAL_TOKENS=2048 becomes --max-model-len 2048")
+
+
+def test_a_variable_of_tgi_that_cannot_be_honoured_is_named() -> None:
+    status, message = _refused(environment={"MODEL_ID": "x", "QUANTIZE": "awq"})
+    assert status == 2
+    assert "QUANTIZE: 'awq' is not supported" in message
+
+
 def test_a_client_that_leaves_frees_its_blocks(server: ServerProcess) -> None:
     server.wait_until("kv_cache_usage_perc", 0)
     with httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}) as response:
