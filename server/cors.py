@@ -50,7 +50,7 @@ class Cors:
             return None
         if not self._allows(request):
             return None
-        headers = {"access-control-allow-methods": "GET, HEAD, POST", "access-control-max-age": "600"}
+        headers = {"access-control-allow-methods": "GET, HEAD, POST, DELETE", "access-control-max-age": "600"}
         names = request.get(b"access-control-request-headers", b"")
         if _HEADER_NAMES.fullmatch(names):  # repeated, for * would leave authorization out
             headers["access-control-allow-headers"] = names.decode("ascii")

@@ -53,7 +53,7 @@ OPERATIONS = (
     Operation("post", "/v1/completions", "Continue prompts", (CompletionRequest,), _BOTH),
     Operation("post", "/v1/responses", "Answer, and keep the answer", (ResponsesRequest,), _BOTH),
     Operation("post", "/v1/responses/input_tokens", "Count the tokens of a request", (ResponsesRequest,)),
-    Operation("get", "/v1/responses/{response_id}", "A kept answer", answers=_BOTH),
+    Operation("get", "/v1/responses/{response_id}", "A kept answer"),
     Operation("get", "/v1/responses/{response_id}/input_items", "What a kept answer answered"),
     Operation("post", "/v1/responses/{response_id}/cancel", "Stop an answer that runs"),
     Operation("delete", "/v1/responses/{response_id}", "Forget an answer"),
