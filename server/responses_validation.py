@@ -149,8 +149,15 @@ async def _earlier_items(response_id: str | None, store: ResponseStore, owner: s
             param="previous_response_id",
             code="previous_response_not_found",
         )
+    response = msgspec.json.decode(earlier.body)
+    if response["status"] == "in_progress":
+        raise InvalidRequestError(
+            f"Previous response with id {excerpt(response_id)} is not complete.",
+            param="previous_response_id",
+            code="previous_response_not_complete",
+        )
     items: list[dict[str, Any]] = msgspec.json.decode(earlier.items)
-    return items + list(msgspec.json.decode(earlier.body)["output"])
+    return items + list(response["output"])
 
 
 def _items(wire: ResponsesRequest) -> list[dict[str, Any]]:

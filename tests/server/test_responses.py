@@ -352,6 +352,8 @@ async def test_in_the_background(tokenizer: Tokenizer) -> None:
         begun = await client.responses.create(model=MODEL, input="Hi", background=True)
         assert (begun.status, begun.background, begun.output) == ("in_progress", True, [])
         assert (await client.responses.retrieve(begun.id)).status == "in_progress"
+        with pytest.raises(openai.BadRequestError, match="not complete"):
+            await client.responses.create(model=MODEL, input="B", previous_response_id=begun.id)
         free.set()
         done = await _until_done(client, begun.id)
         assert (done.status, done.output_text) == ("completed", TEXT)
