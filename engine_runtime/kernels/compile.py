@@ -129,6 +129,7 @@ def _compile(module: str, name: str, architecture: int, key: str) -> tuple[dict[
         "constexprs": {key: _plain(value) for key, value in spec.constexprs.items()},
         "num_warps": metadata.num_warps,
         "shared_memory": metadata.shared,
+        "starts_early": spec.starts_early,
         "source": key,
     }
     return entry, compiled.asm["cubin"]
@@ -159,6 +160,7 @@ def _source_hash(spec: KernelSpec, architecture: int) -> str:
     parts = (
         MANIFEST_VERSION, triton.__version__, architecture, _source(spec).hash(),
         sorted(spec.signature.items()), spec.num_warps, spec.num_stages, spec.max_registers,
+        spec.starts_early,
     )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()
 

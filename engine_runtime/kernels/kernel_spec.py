@@ -27,6 +27,8 @@ class KernelSpec:
         num_stages: depth of software pipelining.
         max_registers: of a thread; Gluon's specialized warps need it. None: what the compiler likes.
         architectures: those to compile for.
+        starts_early: it may start while the launch before it still runs, and waits for the end of that one
+            itself (``gdc_wait``) before it reads what others write, or writes. Every program must wait.
     """
 
     function: Any
@@ -37,3 +39,4 @@ class KernelSpec:
     num_stages: int = 3
     max_registers: int | None = None
     architectures: tuple[int, ...] = ARCHITECTURES
+    starts_early: bool = False

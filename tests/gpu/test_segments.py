@@ -205,20 +205,25 @@ def test_weights_arrive_from_a_checkpoint(
     weights.free()
 
 
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
 @pytest.mark.parametrize("num_tokens", [1, 16, 64, 256])
 def test_every_form_computes_the_same(
-    num_tokens: int, stream: Stream, device: CudaDevice, library: KernelLibrary
+    num_tokens: int, quantization: Quantization, stream: Stream, device: CudaDevice, library: KernelLibrary
 ) -> None:
     known = parse_forms(library.names)
     config = small_config("llama", hidden_size=512, intermediate_size=1024)
-    for kind in ("middle", "last"):
+    limit = 1e-2 if quantization == "none" else 6e-2
+    for kind in KINDS[1:]:
         case = make_case(config, kind, num_tokens)
+        if quantization == "fp8":
+            case = quantize_weights(case)
         for projection in projections(config, kind):
-            for form in candidates(known, config, kind, projection, num_tokens):
-                segment = kernel_segment(config, kind, num_tokens, device, library, {projection: form.name})
+            for form in candidates(known, config, kind, projection, num_tokens, quantization):
+                choice: Mapping[Projection, str] = {projection: form.name}
+                segment = kernel_segment(config, kind, num_tokens, device, library, choice, quantization)
                 assert segment.forms[projection] == form
                 errors = relative_errors(case, case.run(segment, stream))
-                assert all(error < 1e-2 for error in errors.values()), (form.name, errors)
+                assert all(error < limit for error in errors.values()), (form.name, errors)
 
 
 def test_the_fastest_tactic_is_kept(

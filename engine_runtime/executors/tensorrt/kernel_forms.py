@@ -15,7 +15,7 @@ Projection = Literal["attention_output", "gate_up", "mlp_output", "qkv", "logits
 Quantization = Literal["none", "fp8"]
 
 _NAME = re.compile(
-    r"(?P<function>gemv|skinny|tiled)(?P<fp8>8?)_(?P<role>\w+?)_(?P<blocks>\d+x\d+x\d+x\d+x\d+)(?P<persistent>_persistent)?"
+    r"(?P<function>gemv|skinny|tiled|hopper|thin)(?P<fp8>8?)_(?P<role>\w+?)_(?P<blocks>\d+x\d+x\d+x\d+x\d+)"
 )
 _MAX_SPLIT_TOKENS = 1024  # beyond, there are tiles enough, and partial sums would be large
 _LEAST_TILED_TOKENS = 64
@@ -25,11 +25,12 @@ _PARTS = {"parts2": 2, "parts4": 4}
 
 @dataclass(frozen=True, slots=True)
 class GemmForm:
-    """One compiled form of a matrix product, see ``kernels/triton/segment_gemm.py``.
+    """One compiled form of a matrix product; see ``segment_gemm.py`` and ``segment_hopper.py``.
 
     Attributes:
         name: of the kernel.
-        bm, bn, bk: tokens, rows of W and columns of both that a program handles at a time.
+        bm, bn, bk: tokens, rows of W and columns of both in a tile. With an activation,
+            "hopper" and "thin" count rows of gate and up in ``bn``, the others those of gate.
         is_fp8: the weights are E4M3 with a factor for each row.
         num_parts: arrays of partial sums that it writes.
     """
@@ -40,7 +41,6 @@ class GemmForm:
     bm: int
     bn: int
     bk: int
-    is_persistent: bool
     is_fp8: bool
 
     @property
@@ -51,6 +51,12 @@ class GemmForm:
     def result_bytes(self) -> int:
         """For each number of the result, in all parts."""
         return self.num_parts * (4 if self.writes_float32 else 2)
+
+    @property
+    def columns(self) -> int:
+        """Of the result, in a tile."""
+        is_pair = self.function in ("hopper", "thin") and self.role in ("silu", "gelu")
+        return self.bn // 2 if is_pair else self.bn
 
     @property
     def writes_float32(self) -> bool:
@@ -77,9 +83,8 @@ def _parse(names: tuple[str, ...]) -> tuple[GemmForm, ...]:
         match = _NAME.fullmatch(name)
         if match is not None:
             bm, bn, bk = map(int, match["blocks"].split("x")[:3])
-            is_persistent, is_fp8 = match["persistent"] is not None, match["fp8"] != ""
-            function, role = match["function"], match["role"]
-            found.append(GemmForm(name, function, role, bm, bn, bk, is_persistent, is_fp8))
+            function, role, is_fp8 = match["function"], match["role"], match["fp8"] != ""
+            found.append(GemmForm(name, function, role, bm, bn, bk, is_fp8))
     return tuple(found)
 
 
@@ -186,7 +191,7 @@ def _fused_roles(config: ModelConfig, projection: Projection) -> tuple[str, ...]
 def _suits(form: GemmForm, num_tokens: int) -> bool:
     if form.function == "gemv":
         return num_tokens == 1
-    if form.function == "skinny":
+    if form.function in ("skinny", "thin"):
         return form.bm >= num_tokens and (form.bm == 16 or form.bm < 2 * num_tokens)
     if form.role in _PARTS and num_tokens > _MAX_SPLIT_TOKENS:
         return False
@@ -201,73 +206,87 @@ _Ranges = tuple[tuple[int, tuple[str, ...]], ...]
 _GEMV = (1, ("8x512x3x4", "8x256x4x2", "16x128x4x4"))
 _WRITES_HIDDEN: _Ranges = (
     _GEMV,
-    (16, ("parts2_16x64x128x5x4", "parts2_16x32x64x8x4", "plain_16x32x64x8x4")),
-    (32, ("parts2_32x64x128x5x4", "parts2_32x32x64x8x4", "plain_32x32x64x8x4")),
+    (16, ("thin_parts2_16x64x256x4x4", "parts2_16x64x128x5x4", "parts2_16x32x64x8x4", "plain_16x32x64x8x4")),
+    (32, ("thin_parts2_32x64x256x4x4", "parts2_32x64x128x5x4", "parts2_32x32x64x8x4", "plain_32x32x64x8x4")),
     (64, ("parts2_64x64x128x5x4", "parts2_64x64x64x8x4", "plain_64x64x64x8x4")),
+)
+_BEYOND_256: _Ranges = (
+    (512, ("hopper_plain_128x128x64x6x4",)),
+    (_ANY, ("hopper_plain_128x256x64x4x4",)),
 )
 _PREFERENCES: Mapping[Projection, _Ranges] = {
     "attention_output": (
         *_WRITES_HIDDEN,
         (128, ("parts2_64x64x64x6x4", "plain_64x64x64x6x4")),
-        (256, ("parts2_128x128x64x4x8", "plain_64x64x64x6x4")),
-        (512, ("plain_128x128x64x4x4",)),
-        (_ANY, ("plain_128x256x64x3x8_persistent",)),
+        (256, ("hopper_parts2_128x128x64x6x4", "plain_64x64x64x6x4")),
+        *_BEYOND_256,
     ),
     "mlp_output": (
         *_WRITES_HIDDEN,
         (128, ("parts4_128x128x128x3x8", "parts2_64x64x64x6x4", "plain_64x64x64x6x4")),
-        (256, ("parts4_128x256x64x4x8", "parts2_128x128x64x4x8", "plain_64x64x64x6x4")),
-        (512, ("parts2_128x256x64x4x8", "plain_128x128x64x4x4")),
-        (_ANY, ("plain_128x128x64x4x4",)),
+        (256, ("hopper_parts2_128x128x64x6x4", "plain_64x64x64x6x4")),
+        *_BEYOND_256,
     ),
     "qkv": (
         _GEMV,
-        (16, ("plain_16x64x128x5x4", "plain_16x32x64x8x4")),
-        (32, ("plain_32x64x128x5x4", "plain_32x32x64x8x4")),
+        (16, ("thin_plain_16x64x256x5x4", "plain_16x64x128x5x4", "plain_16x32x64x8x4")),
+        (32, ("thin_plain_32x64x256x4x4", "plain_32x64x128x5x4", "plain_32x32x64x8x4")),
         (64, ("plain_64x64x128x5x4", "plain_64x64x64x8x4")),
         (128, ("plain_64x64x64x6x4",)),
-        (256, ("plain_128x128x64x4x4",)),
-        (512, ("plain_128x256x64x4x8",)),
-        (_ANY, ("plain_128x128x64x4x4",)),
+        (256, ("hopper_plain_128x128x64x6x4",)),
+        (512, ("hopper_plain_128x256x64x4x4",)),
+        (1024, ("hopper_plain_128x128x64x6x4",)),
+        (_ANY, ("hopper_plain_256x128x64x4x4",)),
     ),
     "gate_up": (
         _GEMV,
         (16, ("_16x32x256x3x4", "_16x32x128x5x4", "_16x64x64x5x8")),
         (32, ("_32x64x128x4x8", "_32x64x64x6x4")),
         (64, ("skinny_silu_64x128x64x4x8", "skinny_gelu_64x128x64x4x8", "_64x64x64x6x4")),
-        (128, ("_128x128x64x4x8_persistent", "_128x128x64x3x8")),
-        (256, ("_128x128x64x4x8", "_128x128x64x3x8")),
-        (512, ("_128x128x64x4x8_persistent", "_128x128x64x3x8")),
-        (_ANY, ("_128x128x64x3x8",)),
+        (256, ("_128x256x64x4x4",)),
+        (512, ("_128x128x64x6x4",)),
+        (4096, ("_128x256x64x4x4",)),
+        (_ANY, ("_128x128x64x6x4",)),
     ),
     "logits": (
         _GEMV,
-        (16, ("_16x64x128x4x8", "_16x32x64x8x4")),
-        (32, ("_32x64x128x4x8", "_32x64x64x6x4")),
+        (16, ("skinny_logits_16x64x128x4x8", "_16x32x64x8x4")),
+        (32, ("skinny_logits_32x64x128x4x8", "_32x64x64x6x4")),
         (64, ("skinny_logits_64x128x128x4x8", "skinny_logits_64x128x64x6x4")),
-        (128, ("_128x256x64x4x8_persistent",)),
-        (_ANY, ("_256x128x64x4x8",)),
+        (_ANY, ("_128x256x64x4x4",)),
     ),
 }
 
 
 # Where E4M3 differs.
 _FP8_WRITES_HIDDEN: _Ranges = (
-    (32, ()),
     (64, ("tiled8_parts2_64x64x256x4x4",)),
     (128, ("tiled8_parts2_64x64x128x6x4",)),
-    (_ANY, ()),
 )
 _FP8_PREFERENCES: Mapping[Projection, _Ranges] = {
-    "attention_output": ((1, ("8x1024x3x4",)), *_FP8_WRITES_HIDDEN),
-    "mlp_output": ((1, ("8x512x4x2",)), *_FP8_WRITES_HIDDEN),
+    "attention_output": (
+        (1, ("8x1024x3x4",)),
+        (16, ("thin8_plain_16x64x512x5x4",)),
+        (32, ("thin8_plain_32x64x512x4x4",)),
+        *_FP8_WRITES_HIDDEN,
+        (256, ("tiled8_plain_64x64x128x6x4",)),
+        (_ANY, ()),
+    ),
+    "mlp_output": (
+        (1, ("8x512x4x2",)),
+        (16, ("thin8_parts4_16x64x512x4x4",)),
+        (32, ("thin8_parts4_32x64x512x4x4",)),
+        *_FP8_WRITES_HIDDEN,
+        (_ANY, ()),
+    ),
     "qkv": ((1, ("8x512x4x2",)), (32, ()), (64, ("plain_64x64x128x8x4",)), (_ANY, ())),
     "gate_up": (
         (1, ("16x128x4x4",)),
-        (16, ("_16x64x128x5x8",)),
-        (32, ("_32x128x128x4x8",)),
+        (16, ("thin8_silu_16x128x512x3x4", "thin8_gelu_16x128x256x5x4")),
+        (32, ("thin8_silu_32x128x256x5x4", "thin8_gelu_32x128x256x5x4")),
         (64, ()),
-        (_ANY, ("_128x64x128x3x4",)),
+        (128, ("_128x64x128x3x4",)),
+        (_ANY, ()),
     ),
     "logits": ((_ANY, ()),),
 }

@@ -13,7 +13,7 @@ For one token, only the weights are E4M3.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine_runtime.cuda import Stream
@@ -34,7 +34,12 @@ from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.segment import SegmentKind
 
 _ALIGNMENT = 256
-Launch = tuple[Kernel, tuple[int, int, int], tuple[Any, ...]]
+_LEAST_ROW, _MOST_ROW = 1024, 32768  # what a program quantizes at once
+# Up to here launches are so short that starting them early pays. More rows of a norm would all go to the few
+# multiprocessors that are free first.
+_MOST_EARLY_TOKENS = 256
+_MOST_EARLY_ROWS = 32
+Launch = tuple[Callable[..., None], tuple[int, int, int], tuple[Any, ...]]
 
 
 class UnsupportedSegmentError(Exception):
@@ -159,26 +164,35 @@ class KernelSegment:
         kernel = self._library.get(form.name)
         shape = projections(self.config, self.kind)[projection]
         n, k, tokens = shape.n, shape.k, self.num_tokens
-        columns = -(-n // form.bn)
+        columns = -(-n // form.columns)
         if form.function == "gemv":
             epsilon = self.config.rms_norm_eps
             # Addresses that a form does not read must be valid nonetheless; x is.
             args: tuple[Any, ...] = (x, w, w_scale, norm_weight or x, addend or x, out, n, k, epsilon)
-            return kernel, (columns, 1, 1), args
+            return kernel.launch, (columns, 1, 1), args
         if form.function == "skinny":
-            return kernel, (columns, form.num_parts, 1), (x, x_scale, w, w_scale, out, tokens, n, k)
+            grid = columns, form.num_parts, 1
+            return kernel.launch, grid, (x, x_scale, w, w_scale, out, tokens, n, k)
         rows = 2 * n if projection == "gate_up" else n
         programs = -(-tokens // form.bm) * columns * form.num_parts
-        if form.is_persistent:
+        if form.function in ("hopper", "thin"):
             programs = min(programs, self._num_multiprocessors)
         x_map = kernel.tensor_map("x", x, (tokens, k), (k, 1))
         w_map = kernel.tensor_map("w", w, (rows, k), (k, 1))
-        return kernel, (programs, 1, 1), (*x_map, x_scale, *w_map, w_scale, out, tokens, n, k)
+        args = *x_map, x_scale, *w_map, w_scale, out, tokens, n, k
+        launch = kernel.launch_early if tokens <= _MOST_EARLY_TOKENS else kernel.launch
+        return launch, (programs, 1, 1), args
 
     def quantize(self, x: int, size: int) -> Launch:
         """Rows of ``size`` columns at ``x`` to ``quantized``."""
         args = x, self.buffer("quantized"), self.buffer("token_scales"), size
-        return self._library.get("quantize_rows"), (self.num_tokens, 1, 1), args
+        name = f"quantize_row_{max(_LEAST_ROW, 1 << (size - 1).bit_length())}"
+        kernel = self._library.get(name if size <= _MOST_ROW else "quantize_rows")
+        return self.row_launch(kernel), (self.num_tokens, 1, 1), args
+
+    def row_launch(self, kernel: Kernel) -> Callable[..., None]:
+        """How a kernel for each row is launched."""
+        return kernel.launch_early if self.num_tokens <= _MOST_EARLY_ROWS else kernel.launch
 
     def row_kernel(self, name: str, form: GemmForm | None, is_weight_float32: bool, size: int) -> Kernel:
         """``add_norm`` or ``finish_heads`` for the types and the width at hand."""
@@ -195,8 +209,8 @@ class BoundKernelSegment:
         self.launches = launches
 
     def enqueue(self, stream: Stream) -> None:
-        for kernel, grid, args in self.launches:
-            kernel.launch(grid, stream, *args)
+        for launch, grid, args in self.launches:
+            launch(grid, stream, *args)
 
 
 class _Binding:
@@ -332,7 +346,7 @@ class _Binding:
         kernel = segment.row_kernel(name, form, self._has_post_norms, hidden)
         sums = residual if form is None else segment.buffer("sums")
         scales = segment.buffer("token_scales") if is_fp8 else residual_out
-        return kernel, (tokens, 1, 1), (
+        return segment.row_launch(kernel), (tokens, 1, 1), (
             sums, residual, post_weight or weight, weight, residual_out, self._normed(reader), scales,
             0 if form is None else form.num_parts, int(post_weight != 0), tokens, hidden,
             self._config.rms_norm_eps,
@@ -343,7 +357,7 @@ class _Binding:
         form = self._segment.forms["qkv"]
         kernel = self._segment.row_kernel("finish_heads", form, self._has_post_norms, config.head_dim)
         num_heads = config.num_attention_heads + 2 * config.num_key_value_heads
-        return kernel, (self._segment.num_tokens, num_heads, 1), (
+        return self._segment.row_launch(kernel), (self._segment.num_tokens, num_heads, 1), (
             y,
             at["next_layer.self_attn.qkv_proj.bias"] if has_bias else y,
             at.get("next_layer.self_attn.q_norm.weight", y),

@@ -1,7 +1,8 @@
 """Matrix products of a segment, y = x W^T with W [N, K] as the checkpoint holds it.
 
 Few tokens: the weights are read once, at the speed of memory (``gemv`` for one token, ``skinny_gemm``).
-Many tokens: ``tiled_gemm`` reads both operands through the tensor memory accelerator (compute capability 9).
+More: ``tiled_gemm`` reads both operands through the tensor memory accelerator (compute capability 9). For
+compute capability 9 there are also ``segment_thin.py``, up to 32 tokens, and ``segment_hopper.py``, from 128.
 All accumulate in float32. K is a multiple of BK, or of SPLIT * BK.
 
 SCALED: W is E4M3 with a float32 factor for each row (``w_scale`` [N]), and so is x for each token
@@ -156,46 +157,41 @@ def tiled_gemm(
     BN: tl.constexpr,
     BK: tl.constexpr,
     SPLIT: tl.constexpr,
-    PERSISTENT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     SCALED: tl.constexpr,
 ):
-    """out = f(x W^T) for many tokens. Grid: tiles * SPLIT; PERSISTENT: as many as there are multiprocessors.
+    """out = f(x W^T) for many tokens. Grid: tiles * SPLIT.
 
     x: descriptor [T, K] of blocks [BM, BK]. w: descriptor of blocks [BN, BK]; with ACTIVATION, BN rows of
     gate and as many of up are one tile. out [SPLIT, T, N] as in ``skinny_gemm``.
     """
     tiles_m = tl.cdiv(T, BM)
-    tiles_n = tl.cdiv(N, BN)
-    total = tiles_m * tiles_n * SPLIT
     length = K // SPLIT
-    step = tl.num_programs(0) if PERSISTENT else total
-    for index in tl.range(tl.program_id(0), total, step):
-        part = index % SPLIT
-        tile = index // SPLIT
-        # Neighbours in time share columns of x or rows of w in the cache: 8 row tiles at a time.
-        width = 8 * tiles_n
-        first_m = tile // width * 8
-        group = tl.minimum(tiles_m - first_m, 8)
-        m = (first_m + tile % width % group) * BM
-        n = tile % width // group * BN
-        acc = tl.zeros((BM, BN), tl.float32)
-        acc_up = tl.zeros((BM, BN), tl.float32)
-        for k in range(part * length, (part + 1) * length, BK):
-            xk = x.load([m, k])
-            acc = tl.dot(xk, w.load([n, k]).T, acc)
-            if ACTIVATION != "":
-                acc_up = tl.dot(xk, w.load([N + n, k]).T, acc_up)
-        tokens = m + tl.arange(0, BM)
-        rows = n + tl.arange(0, BN)
-        if SCALED:
-            last = tl.minimum(rows, N - 1)
-            token_scale = tl.load(x_scale + tl.minimum(tokens, T - 1))[:, None]
-            acc = acc * token_scale * tl.load(w_scale + last)[None, :]
+    part = tl.program_id(0) % SPLIT
+    tile = tl.program_id(0) // SPLIT
+    # Neighbours in time share columns of x or rows of w in the cache: 8 row tiles at a time.
+    width = 8 * tl.cdiv(N, BN)
+    first_m = tile // width * 8
+    group = tl.minimum(tiles_m - first_m, 8)
+    m = (first_m + tile % width % group) * BM
+    n = tile % width // group * BN
+    acc = tl.zeros((BM, BN), tl.float32)
+    acc_up = tl.zeros((BM, BN), tl.float32)
+    for k in range(part * length, (part + 1) * length, BK):
+        xk = x.load([m, k])
+        acc = tl.dot(xk, w.load([n, k]).T, acc)
         if ACTIVATION != "":
-            if SCALED:
-                acc_up = acc_up * token_scale * tl.load(w_scale + N + last)[None, :]
-            acc = _activate(acc, acc_up, ACTIVATION)
-        offsets = (part * T + tokens)[:, None].to(tl.int64) * N + rows[None, :]
-        mask = (tokens < T)[:, None] & (rows < N)[None, :]
-        tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)
+            acc_up = tl.dot(xk, w.load([N + n, k]).T, acc_up)
+    tokens = m + tl.arange(0, BM)
+    rows = n + tl.arange(0, BN)
+    if SCALED:
+        last = tl.minimum(rows, N - 1)
+        token_scale = tl.load(x_scale + tl.minimum(tokens, T - 1))[:, None]
+        acc = acc * token_scale * tl.load(w_scale + last)[None, :]
+    if ACTIVATION != "":
+        if SCALED:
+            acc_up = acc_up * token_scale * tl.load(w_scale + N + last)[None, :]
+        acc = _activate(acc, acc_up, ACTIVATION)
+    offsets = (part * T + tokens)[:, None].to(tl.int64) * N + rows[None, :]
+    mask = (tokens < T)[:, None] & (rows < N)[None, :]
+    tl.store(out + offsets, acc.to(out.dtype.element_ty), mask=mask)

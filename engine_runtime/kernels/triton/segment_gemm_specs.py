@@ -50,27 +50,17 @@ _SKINNY_LOGITS = (
     (32, 64, 128, 4, 8), (32, 128, 128, 4, 8), (32, 64, 64, 6, 4),
     (64, 128, 128, 4, 8), (64, 128, 64, 6, 4), (64, 64, 64, 4, 4),
 )  # fmt: skip
-# The last number: persistent or not.
 _TILED = {
     "plain": (
-        (64, 64, 64, 6, 4, 0), (64, 128, 64, 5, 4, 0), (128, 128, 64, 4, 4, 0), (128, 128, 64, 3, 4, 0),
-        (128, 256, 64, 3, 8, 1), (128, 256, 64, 4, 8, 0), (256, 128, 64, 4, 8, 0),
+        (64, 64, 64, 6, 4), (64, 128, 64, 5, 4), (128, 128, 64, 4, 4), (128, 256, 64, 4, 8),
     ),
-    "parts2": (
-        (64, 64, 64, 6, 4, 0), (64, 64, 128, 4, 4, 0), (128, 128, 64, 3, 4, 0), (128, 128, 64, 4, 8, 0),
-        (128, 256, 64, 4, 8, 0),
-    ),
-    "parts4": (
-        (64, 128, 64, 5, 4, 0), (128, 128, 64, 4, 8, 0), (128, 128, 128, 3, 8, 0), (128, 256, 64, 4, 8, 0),
-    ),
+    "parts2": ((64, 64, 64, 6, 4), (64, 64, 128, 4, 4), (128, 128, 64, 4, 8)),
+    "parts4": ((64, 128, 64, 5, 4), (128, 128, 128, 3, 8), (128, 256, 64, 4, 8)),
     "silu": (
-        (64, 64, 64, 5, 4, 0), (64, 128, 64, 4, 8, 0), (128, 64, 64, 3, 4, 0), (128, 64, 128, 3, 8, 0),
-        (128, 128, 64, 3, 8, 0), (128, 128, 64, 3, 8, 1), (128, 128, 64, 4, 8, 0), (128, 128, 64, 4, 8, 1),
+        (64, 64, 64, 5, 4), (64, 128, 64, 4, 8), (128, 64, 64, 3, 4), (128, 128, 64, 4, 8),
     ),
-    "gelu": ((64, 64, 64, 5, 4, 0), (128, 128, 64, 3, 8, 0)),
-    "logits": (
-        (64, 256, 64, 4, 4, 0), (128, 128, 64, 4, 4, 0), (128, 256, 64, 4, 8, 1), (256, 128, 64, 4, 8, 0),
-    ),
+    "gelu": ((64, 64, 64, 5, 4), (128, 64, 64, 3, 4)),
+    "logits": ((64, 256, 64, 4, 4),),
 }  # fmt: skip
 
 # Bytes a program may have, less what Triton takes for its own.
@@ -152,15 +142,14 @@ def _skinny_spec(role: str, blocks: Blocks, *, is_fp8: bool) -> KernelSpec:
 
 
 def _tiled_spec(role: str, blocks: Blocks, *, is_fp8: bool) -> KernelSpec:
-    bm, bn, bk, stages, warps, persistent = blocks
+    bm, bn, bk, stages, warps = blocks
     if is_fp8:
         bk *= 2
     split, activation, out = _GEMM_ROLES[role]
     kind = "fp8e4nv" if is_fp8 else "bf16"
-    suffix = "_persistent" if persistent else ""
     return KernelSpec(
         tiled_gemm,
-        f"tiled{'8' if is_fp8 else ''}_{role}_{_block_name(bm, bn, bk, stages, warps)}{suffix}",
+        f"tiled{'8' if is_fp8 else ''}_{role}_{_block_name(bm, bn, bk, stages, warps)}",
         {
             "x": f"tensordesc<{kind}[{bm}, {bk}]>",
             "x_scale": "*fp32:16",
@@ -176,7 +165,6 @@ def _tiled_spec(role: str, blocks: Blocks, *, is_fp8: bool) -> KernelSpec:
             "BN": bn,
             "BK": bk,
             "SPLIT": split,
-            "PERSISTENT": bool(persistent),
             "ACTIVATION": activation,
             "SCALED": is_fp8,
         },
@@ -191,7 +179,7 @@ _WHOLE_OR_HALF = ("plain", "parts2")
 _FP8_ANY_K = {
     "skinny_narrow": ((16, 32, 32, 8, 4), (32, 32, 32, 8, 4), (64, 64, 32, 8, 4)),
     "skinny_gated": ((16, 64, 32, 5, 8), (32, 64, 32, 6, 4), (64, 64, 32, 6, 4)),
-    "tiled": ((64, 64, 32, 6, 4, 0), (128, 128, 32, 4, 4, 0)),
+    "tiled": ((64, 64, 32, 6, 4), (128, 128, 32, 4, 4)),
 }
 
 SPECS = [

@@ -2,12 +2,21 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec
 
 _MAX_PARTS = tl.constexpr(4)
 _E4M3_MAX = tl.constexpr(448.0)
 _LEAST_SCALE = tl.constexpr(1e-12)  # of a row of zeros
+
+
+@triton.jit
+def _start(EARLY: tl.constexpr):
+    """Lets the next launch start, and waits for the one before, where it need not have ended yet."""
+    if EARLY:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -42,6 +51,7 @@ def add_norm(
     epsilon,
     BLOCK: tl.constexpr,
     QUANTIZE: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """residual_out = residual + y; normed = RMSNorm(residual_out). Grid: T.
 
@@ -49,6 +59,7 @@ def add_norm(
     [T, H]; ``residual_out`` may be ``residual``. has_post 1: y is itself normalized first (``post_weight``).
     weight, post_weight [H]. BLOCK >= H. QUANTIZE: normed is E4M3, to be multiplied by ``scales`` [T].
     """
+    _start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     mask = columns < H
@@ -70,13 +81,21 @@ def add_norm(
 
 
 @triton.jit
-def quantize_rows(x, y, scales, size, BLOCK: tl.constexpr):
+def quantize_rows(x, y, scales, size, BLOCK: tl.constexpr, ONCE: tl.constexpr, EARLY: tl.constexpr):
     """y = E4M3 of x / scales, where the largest number of each row becomes 448. Grid: rows.
 
     x, y [rows, size], scales float32 [rows]. Used for activations at each step, for weights when loaded.
+    ONCE: size <= BLOCK, and x is read once.
     """
+    _start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
+    if ONCE:
+        x_row = tl.load(x + row * size + columns, mask=columns < size, other=0.0).to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(x_row), 0) / _E4M3_MAX, _LEAST_SCALE)
+        tl.store(scales + row, scale)
+        tl.store(y + row * size + columns, (x_row / scale).to(y.dtype.element_ty), mask=columns < size)
+        return
     largest = tl.zeros((BLOCK,), tl.float32)
     for start in range(0, size, BLOCK):
         mask = start + columns < size
@@ -105,6 +124,7 @@ def finish_heads(
     head_dim,
     epsilon,
     BLOCK: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Sums the parts of the merged query, key and value projection, adds its bias, normalizes its heads.
 
@@ -112,6 +132,7 @@ def finish_heads(
     ``out`` may be ``y`` if there is one part. has_norm 1: RMSNorm of each query head (``query_weight``
     [head_dim]) and of each key head. BLOCK >= head_dim.
     """
+    _start(EARLY)
     row = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1)
     columns = tl.arange(0, BLOCK)
@@ -128,7 +149,7 @@ def finish_heads(
     tl.store(out + offsets, x.to(out.dtype.element_ty), mask=mask)
 
 
-def _add_norm_spec(y: str, weight: str, block: int, normed: str) -> KernelSpec:
+def _add_norm_spec(y: str, weight: str, block: int, normed: str, early: bool) -> KernelSpec:
     is_fp8 = normed != "bf16"
     return KernelSpec(
         add_norm,
@@ -147,13 +168,14 @@ def _add_norm_spec(y: str, weight: str, block: int, normed: str) -> KernelSpec:
             "H": "i32:16",
             "epsilon": "fp32",
         },
-        {"BLOCK": block, "QUANTIZE": is_fp8},
+        {"BLOCK": block, "QUANTIZE": is_fp8, "EARLY": early},
         num_warps=min(max(block // 512, 2), 16),
-        architectures=tuple(a for a in ARCHITECTURES if a >= 89 or not is_fp8),
+        architectures=_architectures(early, is_fp8=is_fp8),
+        starts_early=early,
     )
 
 
-def _finish_heads_spec(y: str, weight: str, block: int) -> KernelSpec:
+def _finish_heads_spec(y: str, weight: str, block: int, early: bool) -> KernelSpec:
     return KernelSpec(
         finish_heads,
         f"finish_heads_{y}_{weight}_{block}",
@@ -171,26 +193,42 @@ def _finish_heads_spec(y: str, weight: str, block: int) -> KernelSpec:
             "head_dim": "i32:16",
             "epsilon": "fp32",
         },
-        {"BLOCK": block},
+        {"BLOCK": block, "EARLY": early},
         num_warps=1,
+        architectures=_architectures(early),
+        starts_early=early,
     )
+
+
+def _quantize_rows_spec(block: int | None, early: bool) -> KernelSpec:
+    return KernelSpec(
+        quantize_rows,
+        "quantize_rows" if block is None else f"quantize_row_{block}",
+        {"x": "*bf16:16", "y": "*fp8e4nv:16", "scales": "*fp32:16", "size": "i32:16"},
+        {"BLOCK": block or 4096, "ONCE": block is not None, "EARLY": early},
+        num_warps=8 if block is None else min(max(block // 512, 4), 32),
+        architectures=_architectures(early, is_fp8=True),
+        starts_early=early,
+    )
+
+
+def _architectures(early: bool, *, is_fp8: bool = False) -> tuple[int, ...]:
+    """Launches start early from 9.0 on, which can."""
+    return tuple(a for a in ARCHITECTURES if (a >= 90) == early and (a >= 89 or not is_fp8))
 
 
 _TYPES = [(y, weight) for y in ("bf16", "fp32") for weight in ("bf16", "fp32")]
 SPECS = [
-    *(
-        _add_norm_spec(*types, block, normed)
-        for types in _TYPES
-        for block in (1024, 2048, 4096, 8192, 16384)
-        for normed in ("bf16", "fp8e4nv")
-    ),
-    *(_finish_heads_spec(*types, block) for types in _TYPES for block in (32, 64, 128, 256)),
-    KernelSpec(
-        quantize_rows,
-        "quantize_rows",
-        {"x": "*bf16:16", "y": "*fp8e4nv:16", "scales": "*fp32:16", "size": "i32:16"},
-        {"BLOCK": 4096},
-        num_warps=8,
-        architectures=tuple(a for a in ARCHITECTURES if a >= 89),
-    ),
+    spec
+    for early in (False, True)
+    for spec in (
+        *(
+            _add_norm_spec(*types, block, normed, early)
+            for types in _TYPES
+            for block in (1024, 2048, 4096, 8192, 16384)
+            for normed in ("bf16", "fp8e4nv")
+        ),
+        *(_finish_heads_spec(*types, block, early) for types in _TYPES for block in (32, 64, 128, 256)),
+        *(_quantize_rows_spec(block, early) for block in (None, 1024, 2048, 4096, 8192, 16384, 32768)),
+    )
 ]

@@ -13,16 +13,13 @@ from engine_runtime.executors.tensorrt.kernel_forms import (
     parse_forms,
     projections,
 )
-from engine_runtime.kernels.triton import segment_gemm_specs, segment_rows
+from engine_runtime.kernels.triton import segment_gemm_specs, segment_hopper_specs, segment_rows
 from engine_runtime.model_config import ModelConfig
 from tests.engine_runtime.tiny_configs import tiny_config
 
+GEMMS = (*segment_gemm_specs.SPECS, *segment_hopper_specs.SPECS)
 NAMES = {
-    architecture: [
-        spec.name
-        for spec in (*segment_gemm_specs.SPECS, *segment_rows.SPECS)
-        if architecture in spec.architectures
-    ]
+    architecture: [spec.name for spec in (*GEMMS, *segment_rows.SPECS) if architecture in spec.architectures]
     for architecture in (80, 89, 90)
 }
 
@@ -36,14 +33,19 @@ def config_8b(**changes: object) -> ModelConfig:
 
 
 def test_names_hold_what_was_compiled() -> None:
-    for spec in segment_gemm_specs.SPECS:
+    for spec in GEMMS:
         (form,) = parse_forms([spec.name])
         constants = spec.constexprs
         assert form.bn == constants["BN"]
         assert form.bk == constants["BK"]
         assert form.bm == constants.get("BM", 1)
         assert form.num_parts == constants.get("SPLIT", 1)
-        assert form.is_persistent == constants.get("PERSISTENT", False)
+        if form.function in ("hopper", "thin"):
+            blocks = spec.signature["w"], spec.signature["x"]
+            halves = form.bm if form.function == "thin" else form.bm // 2
+            assert f"[{form.bn // 2}, {form.bk}]" in blocks[0]
+            assert f"[{halves}, {form.bk}]" in blocks[1]
+            assert form.columns == (form.bn // 2 if constants["ACTIVATION"] else form.bn)
         assert form.is_fp8 == constants["SCALED"]
         assert form.writes_float32 == (spec.signature["out"] == "*fp32:16")
     assert parse_forms(spec.name for spec in segment_rows.SPECS) == ()
@@ -88,8 +90,13 @@ def test_preferred_forms_exist() -> None:
     assert names["attention_output", 1] == "gemv_add_1x8x512x3x4"
     assert names["gate_up", 16] == "skinny_silu_16x32x256x3x4"
     assert names["mlp_output", 64] == "skinny_parts2_64x64x128x5x4"
-    assert names["mlp_output", 256] == "tiled_parts4_128x256x64x4x8"
-    assert names["gate_up", 2048] == "tiled_silu_128x128x64x3x8"
+    assert names["qkv", 16] == "thin_plain_16x64x256x5x4"
+    assert names["mlp_output", 256] == "hopper_parts2_128x128x64x6x4"
+    assert names["gate_up", 2048] == "hopper_silu_128x256x64x4x4"
+    quantized = candidates(known, config_8b(), "middle", "gate_up", 16, "fp8")
+    guess = first_guess(quantized, "gate_up", 16)
+    assert guess is not None
+    assert guess.name == "thin8_silu_16x128x512x3x4"
 
 
 def test_the_output_projection_keeps_16_bits() -> None:

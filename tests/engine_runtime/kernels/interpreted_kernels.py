@@ -51,6 +51,8 @@ class InterpretedKernel:
         with np.errstate(all="ignore"):
             self._spec.function[grid](**values, **self.constexprs)
 
+    launch_early = launch
+
     def _convert(self, name: str, arg: Any) -> Any:
         kind = self._spec.signature[name].partition(":")[0]
         if not kind.startswith("*"):

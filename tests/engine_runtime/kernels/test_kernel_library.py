@@ -29,7 +29,7 @@ ARGUMENTS = [
 ]
 ENTRY = {
     "symbol": "f", "arguments": ARGUMENTS, "constexprs": {"BLOCK": 64}, "num_warps": 4,
-    "shared_memory": 60_000, "source": "",
+    "shared_memory": 60_000, "starts_early": False, "source": "",
 }  # fmt: skip
 
 
@@ -54,16 +54,30 @@ class Driver:
 
     launches: list[tuple[Any, ...]] = field(default_factory=list)
     attributes: list[Any] = field(default_factory=list)
+    num_early: int = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(kernel_library.driver, "cuModuleLoadData", lambda code: (0, code))
         monkeypatch.setattr(kernel_library.driver, "cuModuleGetFunction", lambda module, name: (0, name))
         monkeypatch.setattr(kernel_library.driver, "cuLaunchKernel", self.launch)
+        monkeypatch.setattr(kernel_library.driver, "cuLaunchKernelEx", self.launch_early)
         monkeypatch.setattr(kernel_library.driver, "cuFuncSetAttribute", self.set_attribute)
 
     def set_attribute(self, function: Any, kind: Any, value: int) -> tuple[int]:
         self.attributes.append(value)
         return (0,)
+
+    def launch_early(self, how: Any, function: Any, pointers: int, extra: int) -> tuple[int]:
+        self.num_early += 1
+        (attribute,) = how.attrs
+        assert how.numAttrs == 1
+        assert "PROGRAMMATIC_STREAM_SERIALIZATION" in str(attribute.id)
+        assert attribute.value.programmaticStreamSerializationAllowed == 1
+        grid, block = (
+            (how.gridDimX, how.gridDimY, how.gridDimZ),
+            (how.blockDimX, how.blockDimY, how.blockDimZ),
+        )
+        return self.launch(function, *grid, *block, how.sharedMemBytes, int(how.hStream), pointers)
 
     def launch(self, *args: Any) -> tuple[int]:
         sizes = [4, 8, 4, 128, 4, 8, 8, 8]
@@ -76,9 +90,11 @@ class Driver:
 def write(root: Path, architecture: int, version: int = MANIFEST_VERSION) -> None:
     folder = root / f"sm_{architecture}"
     folder.mkdir()
-    content = {"version": version, "architecture": architecture, "kernels": {"k": ENTRY, "lost": ENTRY}}
+    kernels = {"k": ENTRY, "lost": ENTRY, "early": ENTRY | {"starts_early": True}}
+    content = {"version": version, "architecture": architecture, "kernels": kernels}
     (folder / MANIFEST).write_text(json.dumps(content))
     (folder / "k.cubin").write_bytes(b"code")
+    (folder / "early.cubin").write_bytes(b"code")
 
 
 def library(root: Path, *capability: int, **properties: int) -> KernelLibrary:
@@ -107,18 +123,23 @@ def test_a_gpu_without_machine_code_is_told_what_to_do(capability: tuple[int, in
         library(tmp_path / "none", *capability)
 
 
+@pytest.mark.parametrize(
+    ("name", "method", "is_early"),
+    [("k", "launch", 0), ("k", "launch_early", 0), ("early", "launch", 0), ("early", "launch_early", 1)],
+)
 def test_arguments_are_laid_out_as_the_kernel_reads_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, method: str, is_early: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     driver = Driver()
     driver.install(monkeypatch)
     write(tmp_path, 90)
-    kernel = library(tmp_path, 9, 0).get("k")
+    kernel = library(tmp_path, 9, 0).get(name)
     assert driver.attributes == [60_000]
     assert kernel.argument_names == tuple(str(argument["name"]) for argument in ARGUMENTS)
     stream: Any = Stream()
+    launch = getattr(kernel, method)
     for x in (2**47 + 16, 32):
-        kernel.launch((3, 2, 1), stream, -5, x, 0.5, bytes(range(128)), 9, -1)
+        launch((3, 2, 1), stream, -5, x, 0.5, bytes(range(128)), 9, -1)
         *call, values = driver.launches[-1]
         assert call == [b"f", 3, 2, 1, 128, 1, 1, 60_000, 7]
         assert values[0] == struct.pack("i", -5)
@@ -126,10 +147,11 @@ def test_arguments_are_laid_out_as_the_kernel_reads_them(
         assert values[2] == struct.pack("f", 0.5)
         assert values[3] == bytes(range(128))
         assert values[4:] == [struct.pack("i", 9), struct.pack("q", -1), bytes(8), bytes(8)]
+    assert driver.num_early == 2 * is_early
     with pytest.raises(struct.error):
-        kernel.launch((1, 1, 1), stream, 1, 2)
+        launch((1, 1, 1), stream, 1, 2)
     with pytest.raises(struct.error):
-        kernel.launch((1, 1, 1), stream, -5, -1, 0.5, bytes(128), 9, -1)
+        launch((1, 1, 1), stream, -5, -1, 0.5, bytes(128), 9, -1)
 
 
 def test_a_kernel_is_loaded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
