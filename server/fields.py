@@ -45,7 +45,6 @@ _UNSUPPORTED_ANYWHERE: Mapping[str, tuple[Any, ...]] = {
 }
 _UNSUPPORTED_BY_MESSAGES: Mapping[str, tuple[Any, ...]] = {
     "container": (),
-    "context_management": (),
     "mcp_servers": ([],),
     "output_format": (),
 }
@@ -119,6 +118,7 @@ _IGNORED = frozenset(
         "include_obfuscation",
         "guided_decoding_backend",
         "cache_control",
+        "context_management",
         "effort",
     }
 )

@@ -298,6 +298,26 @@ async def test_choices_of_tools(thinking: Tokenizer) -> None:
                 await calls(**wrong)
 
 
+async def test_what_coding_agents_send(thinking: Tokenizer) -> None:
+    cached = {"cache_control": {"type": "ephemeral"}}
+    body = BODY | {
+        "system": [{"type": "text", "text": "You code.", **cached}],
+        "messages": [{"role": "user", "content": [{"type": "text", "text": "Hi", **cached}]}],
+        "tools": [WEATHER | {"input_schema": {"$schema": "x", **WEATHER["input_schema"]}, **cached}],
+        "thinking": {"type": "adaptive"},
+        "output_config": {"effort": "medium"},
+        "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+        "metadata": {"user_id": "u"},
+        "stream": True,
+    }
+    async with api(_scripted(thinking, f"<think>Hm.</think>{CALL}"), thinking) as client:
+        headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "x,y", "x-api-key": "none"}
+        response = await client.post("/v1/messages?beta=true", json=body, headers=headers)
+    names = [name for name, _ in _events(response.text)]
+    assert names[-1] == "message_stop"
+    assert names.count("content_block_start") == 2
+
+
 async def test_thinking_is_switched(thinking: Tokenizer) -> None:
     engine = _scripted(thinking, "<think>Hm.</think>Yes.")
     async with _client(engine, thinking) as client:
