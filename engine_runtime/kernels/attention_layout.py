@@ -39,7 +39,7 @@ PLAN = "plan_decode"
 
 
 def kernel_name(
-    kind: Literal["rope_cache", "prefill_attention", "prefill_hopper", "decode_attention", "decode_pairs"],
+    kind: Literal["rope_cache", "prefill_attention", "prefill_hopper", "decode_attention", "decode_few"],
     dtype: KernelDType,
     kv_dtype: KvDType,
     head_dim: int,

@@ -28,15 +28,17 @@ from engine_runtime.kernels.attention_layout import (
     KvDType,
     kernel_name,
 )
-from engine_runtime.kernels.kernel_library import KernelLibrary
+from engine_runtime.kernels.kernel_library import Kernel, KernelLibrary
 from engine_runtime.kernels.numpy_types import Int32Array
 
 _LOG2_E = 1.4426950408889634
 _ALIGNMENT = 256
-_MAX_ROUNDS = 8
-"""Most tiles a multiprocessor that contexts are cut into, beyond one for each sequence."""
-_SPLIT_BYTES = 11264
-"""Of the cache, that a multiprocessor reads while a split is added up, 0.35 µs."""
+# Bytes of the cache that a multiprocessor reads (33 KB/µs on an H200) until a program that is alone there has
+# its first keys; while the last of several programs finds out that it is the last; and while that one reads
+# some parts at once.
+_START_BYTES = 48 * 1024
+_CUT_BYTES = 45 * 1024
+_PARTS_BYTES = 26 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,6 +98,28 @@ class DecodeBatch:
     table_stride: int
 
 
+class _DecodeForm:
+    """One of the two decoding kernels, and how contexts are cut for it.
+
+    Attributes:
+        extra_tiles: most that contexts are cut into, beyond one for each sequence.
+        costs: the last arguments of ``plan_decode``.
+    """
+
+    def __init__(
+        self, kernel: Kernel, shape: AttentionShape, num_multiprocessors: int, *, is_alone: bool
+    ) -> None:
+        constexprs = kernel.constexprs
+        token_bytes = shape.kv_block_bytes // (shape.num_kv_heads * BLOCK_SIZE)
+        parts_at_once = max(int(constexprs["COMBINED"]) // (4 * int(constexprs["BLOCK_D"])), 1)
+        self.kernel = kernel
+        self.extra_tiles = -(-(2 if is_alone else 4) * num_multiprocessors // shape.num_kv_heads)
+        self.costs = (
+            int(constexprs["STEP"]), int(is_alone), _START_BYTES // token_bytes, _CUT_BYTES // token_bytes,
+            _PARTS_BYTES // parts_at_once // token_bytes,
+        )  # fmt: skip
+
+
 class PagedAttention:
     """The attention kernels for one model on one device.
 
@@ -115,15 +139,12 @@ class PagedAttention:
         max_sequences: int,
         num_multiprocessors: int,
         windows: Sequence[int | None] = (None,),
-        use_candidates: bool = False,
     ) -> None:
         """
         Args:
             max_sequences: of one ``decode``.
             num_multiprocessors: of the device.
             windows: the sliding windows that layers have; None: a layer without.
-            use_candidates: takes forms of the kernels that should be faster, but have not run on a GPU yet:
-                prefill with specialized warps (compute capability 9.0), decoding from pairs of FP8.
 
         Raises:
             ValueError: a shape that no kernel is compiled for.
@@ -148,29 +169,30 @@ class PagedAttention:
         names = (shape.dtype, shape.kv_dtype, shape.head_dim)
         has_softcap = shape.softcap is not None
         self._rope_cache = library.get(kernel_name("rope_cache", *names))
-        prefill = kernel_name("prefill_hopper", *names, has_softcap)
-        self._is_hopper = use_candidates and prefill in library
-        if not self._is_hopper:
-            prefill = kernel_name("prefill_attention", *names, has_softcap)
-        self._prefill = library.get(prefill)
-        pairs = use_candidates and shape.kv_dtype == "fp8"
-        self._decode = library.get(
-            kernel_name("decode_pairs" if pairs else "decode_attention", *names, has_softcap)
+        hopper = kernel_name("prefill_hopper", *names, has_softcap)
+        self._is_hopper = hopper in library
+        self._prefill = library.get(
+            hopper if self._is_hopper else kernel_name("prefill_attention", *names, has_softcap)
         )
+        self._many = _DecodeForm(
+            library.get(kernel_name("decode_attention", *names, has_softcap)),
+            shape, num_multiprocessors, is_alone=False,
+        )  # fmt: skip
+        self._few = self._many
+        few = kernel_name("decode_few", *names, has_softcap)
+        if few in library:
+            self._few = _DecodeForm(library.get(few), shape, num_multiprocessors, is_alone=True)
         self._plan = library.get(PLAN)
         self.tokens_per_tile = int(self._prefill.constexprs["ROWS"]) // group
         self.max_decode_len = DECODE_ROWS // group
         heads = int(self._rope_cache.constexprs["HEADS"])
         self._rope_programs = -(-(shape.num_heads + 2 * shape.num_kv_heads) // heads)
-        self._extra_tiles = -(-_MAX_ROUNDS * num_multiprocessors // shape.num_kv_heads)
         self._num_multiprocessors = num_multiprocessors
-        token_bytes = shape.kv_block_bytes // (shape.num_kv_heads * BLOCK_SIZE)
-        self._split_cost = _SPLIT_BYTES // token_bytes
         self._windows = {window: index for index, window in enumerate(dict.fromkeys(windows))}
 
-        max_tiles = max_sequences + self._extra_tiles
+        max_tiles = max_sequences + max(self._few.extra_tiles, self._many.extra_tiles)
         units = max_tiles * shape.num_kv_heads
-        padded = int(self._decode.constexprs["BLOCK_D"])
+        padded = int(self._many.kernel.constexprs["BLOCK_D"])
         sizes = {
             "partial": units * DECODE_ROWS * padded * 4,
             "stats": units * 2 * DECODE_ROWS * 4,
@@ -241,12 +263,13 @@ class PagedAttention:
             raise ValueError(
                 f"{batch.num_sequences} sequences, and the workspace is for {self._max_sequences}"
             )
+        form = self._decode_form(batch)
         for window, index in self._windows.items():
             self._plan.launch(
                 (1, 1, 1), stream,
                 batch.query_start, batch.context_len, self._addresses["plans"] + index * self._plan_bytes,
-                batch.num_sequences, batch.num_sequences + self._extra_tiles, window or 0,
-                self.shape.num_kv_heads, self._num_multiprocessors, self._split_cost,
+                batch.num_sequences, batch.num_sequences + form.extra_tiles, window or 0,
+                self.shape.num_kv_heads, self._num_multiprocessors, *form.costs,
             )  # fmt: skip
 
     def decode(
@@ -263,8 +286,9 @@ class PagedAttention:
         """
         shape, addresses = self.shape, self._addresses
         plan = addresses["plans"] + self._windows[window] * self._plan_bytes
-        self._decode.launch(
-            (shape.num_kv_heads, batch.num_sequences + self._extra_tiles, 1), stream,
+        form = self._decode_form(batch)
+        form.kernel.launch(
+            (shape.num_kv_heads, batch.num_sequences + form.extra_tiles, 1), stream,
             qkv, layer.address, out, plan,
             addresses["partial"], addresses["stats"], addresses["arrivals"],
             *self._common(layer, batch.block_tables, batch.table_stride, window, sinks),
@@ -321,6 +345,10 @@ class PagedAttention:
     def max_prefill_tiles(self, num_tokens: int, num_sequences: int) -> int:
         """Most tiles of a step of so many tokens."""
         return num_tokens // self.tokens_per_tile + num_sequences
+
+    def _decode_form(self, batch: DecodeBatch) -> _DecodeForm:
+        is_few = batch.num_sequences * self.shape.num_kv_heads <= self._num_multiprocessors
+        return self._few if is_few else self._many
 
     def _common(
         self, layer: GpuKvLayer, block_tables: int, table_stride: int, window: int | None, sinks: int

@@ -1,13 +1,13 @@
 """Times the GPU's attention: microseconds a layer, median, in a CUDA graph.
 
-    python -m tests.benchmarks.gpu_attention [--kv-dtype fp8] [--candidates] [--quick]
+    python -m tests.benchmarks.gpu_attention [--kv-dtype fp8] [--no-torch]
 
 Heads of Llama 3.1 8B (32 query heads, 8 KV heads of 128), bfloat16. Decoding: one token a sequence, the
 time of the layer's ``decode`` alone; its plan and ``write_rope`` have rows of their own. The floor reads
 keys and values once at 4.3 TB/s. A graph holds one layer for each of some caches, which together exceed
-the second-level cache several times. Prefill: sequences without a cached prefix; half of the products
-count, as half are masked. Needs torch, which fills the caches and answers for comparison:
-scaled_dot_product_attention of contiguous tensors, with FlashAttention and with cuDNN.
+the second-level cache several times. Prefill: of the products with keys and values of the same chunk half
+count, as half are masked. Needs torch, which fills the caches and answers for comparison, where nothing is
+cached: scaled_dot_product_attention of contiguous tensors, with FlashAttention and with cuDNN.
 """
 
 from __future__ import annotations
@@ -32,11 +32,16 @@ BANDWIDTH = 4.3e12
 CACHE_BYTES = 60e6
 HEADS, KV_HEADS, HEAD_DIM = 32, 8, 128
 DECODES = [(batch, context) for batch in (1, 16, 64, 256) for context in (512, 2048, 8192, 32768)]
-PREFILLS = [(1, 1024), (16, 1024), (1, 4096), (4, 4096), (1, 16384)]
-MOST_BYTES = 80e9
+PREFILLS = [
+    (1, 1024, 0), (16, 1024, 0), (1, 4096, 0), (4, 4096, 0), (1, 16384, 0), (8, 256, 2048), (1, 512, 8192),
+    (16, 128, 1024),
+]  # fmt: skip
+"""Sequences, tokens of each, and tokens cached before them."""
+POOL_BYTES = 36_000_000_000
+PIECE_BYTES = 64_000_000
 
 
-def time_graph(stream: Stream, enqueue: Callable[[], None], repeats: int = 12) -> float:
+def time_graph(stream: Stream, enqueue: Callable[[], None], repeats: int = 11) -> float:
     """Microseconds of one replay of what ``enqueue`` enqueues."""
     torch.cuda.synchronize()
     enqueue()
@@ -62,7 +67,7 @@ def time_graph(stream: Stream, enqueue: Callable[[], None], repeats: int = 12) -
 class Bench:
     """The kernels, and arrays for them."""
 
-    def __init__(self, device: CudaDevice, kv_dtype: KvDType, use_candidates: bool) -> None:
+    def __init__(self, device: CudaDevice, kv_dtype: KvDType) -> None:
         self.stream = Stream()
         self.shape = AttentionShape(HEADS, KV_HEADS, HEAD_DIM, "bf16", kv_dtype, HEAD_DIM**-0.5)
         self.attention = PagedAttention(
@@ -70,22 +75,24 @@ class Bench:
             self.shape,
             max_sequences=256,
             num_multiprocessors=device.properties.num_multiprocessors,
-            use_candidates=use_candidates,
         )
         self.workspace = torch.empty(self.attention.workspace_bytes, dtype=torch.uint8, device="cuda")
         self.attention.use_workspace(self.workspace.data_ptr(), self.stream)
 
-    def layers(self, num_blocks: int) -> tuple[list[GpuKvLayer], list[torch.Tensor]]:
-        """Caches of random numbers, as many as exceed the second-level cache."""
+        # Random numbers, repeated.
+        piece = torch.randn(PIECE_BYTES // 2, dtype=torch.bfloat16, device="cuda")
+        if kv_dtype == "fp8":
+            piece = torch.cat([piece.to(torch.float8_e4m3fn), piece.to(torch.float8_e4m3fn)])
+        room = min(POOL_BYTES, torch.cuda.mem_get_info()[0] // 2) // PIECE_BYTES
+        self.pool = piece.view(torch.uint8).repeat(room)
+
+    def layers(self, num_blocks: int) -> list[GpuKvLayer]:
+        """Caches, as many as exceed the second-level cache."""
         num_bytes = num_blocks * self.shape.kv_block_bytes
         count = max(2, min(48, int(4 * CACHE_BYTES // num_bytes)))
-        caches = []
-        for _ in range(count):
-            cache = torch.empty(
-                num_blocks, 2, KV_HEADS, BLOCK_SIZE, HEAD_DIM, dtype=torch.bfloat16, device="cuda"
-            ).normal_()
-            caches.append(cache.to(torch.float8_e4m3fn) if self.shape.kv_dtype == "fp8" else cache)
-        return [self.attention.kv_layer(cache.data_ptr(), num_blocks) for cache in caches], caches
+        room = len(self.pool) // num_bytes
+        starts = [self.pool.data_ptr() + i % room * num_bytes for i in range(count)]
+        return [self.attention.kv_layer(start, num_blocks) for start in starts]
 
     def tables(self, batch: int, context: int) -> torch.Tensor:
         blocks = -(-context // BLOCK_SIZE)
@@ -93,7 +100,7 @@ class Bench:
 
     def decode(self, batch: int, context: int) -> float:
         tables = self.tables(batch, context)
-        layers, caches = self.layers(tables.numel())
+        layers = self.layers(tables.numel())
         qkv = torch.randn(batch, self.shape.qkv_size, dtype=torch.bfloat16, device="cuda")
         out = torch.empty(batch, HEADS * HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         starts, contexts = _int32(range(batch + 1)), _int32([context] * batch)
@@ -106,9 +113,7 @@ class Bench:
             for layer in layers:
                 self.attention.decode(self.stream, qkv.data_ptr(), out.data_ptr(), layer, decodes)
 
-        time = time_graph(self.stream, enqueue) / len(layers)
-        del caches
-        return time
+        return time_graph(self.stream, enqueue) / len(layers)
 
     def plan(self, batch: int) -> float:
         starts, contexts = _int32(range(batch + 1)), _int32([2048] * batch)
@@ -123,7 +128,7 @@ class Bench:
     def rope(self, num_tokens: int) -> float:
         count = max(2, min(48, int(4 * CACHE_BYTES // (num_tokens * self.shape.qkv_size * 4))))
         num_blocks = -(-num_tokens // BLOCK_SIZE)
-        layers, caches = self.layers(num_blocks)
+        layers = self.layers(num_blocks)
         size = (count, num_tokens, self.shape.qkv_size)
         qkv = torch.randn(size, dtype=torch.bfloat16, device="cuda")
         slots = _int32(range(num_tokens))
@@ -136,18 +141,16 @@ class Bench:
                     slots.data_ptr(), tables[0].data_ptr(), tables[1].data_ptr(),
                 )  # fmt: skip
 
-        time = time_graph(self.stream, enqueue) / count
-        del caches
-        return time
+        return time_graph(self.stream, enqueue) / count
 
-    def prefill(self, batch: int, length: int) -> float:
-        tables = self.tables(batch, length)
-        layers, caches = self.layers(tables.numel())
+    def prefill(self, batch: int, length: int, cached: int) -> float:
+        tables = self.tables(batch, length + cached)
+        layers = self.layers(tables.numel())
         num_tokens = batch * length
         qkv = torch.randn(num_tokens, self.shape.qkv_size, dtype=torch.bfloat16, device="cuda")
         out = torch.empty(num_tokens, HEADS * HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         starts = np.arange(batch + 1, dtype=np.int32) * length
-        host_tiles = self.attention.prefill_tiles(starts, np.full(batch, length, np.int32))
+        host_tiles = self.attention.prefill_tiles(starts, np.full(batch, length + cached, np.int32))
         tiles = torch.from_numpy(host_tiles).cuda()
 
         def enqueue() -> None:
@@ -157,9 +160,7 @@ class Bench:
                     tables.data_ptr(), tables.shape[1],
                 )  # fmt: skip
 
-        time = time_graph(self.stream, enqueue) / len(layers)
-        del caches
-        return time
+        return time_graph(self.stream, enqueue) / len(layers)
 
 
 def time_sdpa(batch: int, length: int, backend: Any) -> float:
@@ -186,18 +187,16 @@ def _int32(values: Any) -> torch.Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kv-dtype", choices=("same", "fp8"), default="same")
-    parser.add_argument("--candidates", action="store_true", help="the forms that have not been measured")
-    parser.add_argument("--quick", action="store_true", help="contexts up to 8192, no torch")
+    parser.add_argument("--no-torch", action="store_true", help="without torch's own, for comparison")
     arguments = parser.parse_args()
     device = CudaDevice()
-    bench = Bench(device, arguments.kv_dtype, arguments.candidates)
-    forms = "candidates" if arguments.candidates else "as by default"
-    print(f"{device.properties.name}, torch {torch.__version__}, cache {arguments.kv_dtype}, {forms}\n")
+    bench = Bench(device, arguments.kv_dtype)
+    print(f"{device.properties.name}, torch {torch.__version__}, cache {arguments.kv_dtype}\n")
     print("| sequences x context | decode, us | floor, us | share |\n|--:|--:|--:|--:|")
     token_bytes = bench.shape.kv_block_bytes // BLOCK_SIZE
     for batch, context in DECODES:
         num_bytes = batch * context * token_bytes
-        if num_bytes * 2 > MOST_BYTES or (arguments.quick and context > 8192):
+        if num_bytes > len(bench.pool):
             continue
         time, floor = bench.decode(batch, context), num_bytes / BANDWIDTH * 1e6
         print(f"| {batch} x {context} | {time:.1f} | {floor:.1f} | {floor / time:.0%} |", flush=True)
@@ -208,15 +207,16 @@ def main() -> None:
         time = bench.rope(num_tokens)
         rate = num_tokens * bench.shape.qkv_size * 4 / time * 1e-6
         print(f"| {num_tokens} | {time:.1f} | {rate:.2f} |")
-    print("\n| sequences x tokens | prefill, TFLOP/s | FlashAttention | cuDNN |\n|--:|--:|--:|--:|")
-    for batch, length in PREFILLS:
-        operations = 2 * batch * HEADS * HEAD_DIM * length * length
-        times = [bench.prefill(batch, length)]
-        if not arguments.quick:
+    print("\n| sequences x tokens after cached | us | TFLOP/s | FlashAttention | cuDNN |")
+    print("|--:|--:|--:|--:|--:|")
+    for batch, length, cached in PREFILLS:
+        operations = 4 * batch * HEADS * HEAD_DIM * length * (cached + length / 2)
+        times = [bench.prefill(batch, length, cached)]
+        if cached == 0 and not arguments.no_torch:
             backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION)
             times += [time_sdpa(batch, length, backend) for backend in backends]
-        cells = " | ".join(f"{operations / time * 1e-6:.0f}" for time in times)
-        print(f"| {batch} x {length} | {cells} |", flush=True)
+        cells = [f"{operations / time * 1e-6:.0f}" for time in times] + ["", ""]
+        print(f"| {batch} x {length} after {cached} | {times[0]:.0f} | {' | '.join(cells[:3])} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -69,19 +69,12 @@ def memory(device: CudaDevice) -> Iterator[DeviceMemory]:
     memory.free()
 
 
-@pytest.fixture(params=[False, True], ids=["measured", "candidates"])
-def use_candidates(request: pytest.FixtureRequest) -> bool:
-    return bool(request.param)
-
-
 @pytest.fixture
 def check(
-    library: KernelLibrary, device: CudaDevice, memory: DeviceMemory, use_candidates: bool
+    library: KernelLibrary, device: CudaDevice, memory: DeviceMemory
 ) -> Callable[[AttentionCase], None]:
     def check(case: AttentionCase) -> None:
-        attention = make_attention(
-            library, case, device.properties.num_multiprocessors, use_candidates=use_candidates
-        )
+        attention = make_attention(library, case, device.properties.num_multiprocessors)
         case.check(attention, memory, num_plans=3)
 
     return check

@@ -22,6 +22,9 @@ from engine_runtime.kernels.triton.rope_cache import rope_cache
 _LARGEST = {"fp16": 65504.0, "bf16": 3.38e38, "fp8": 448.0}
 _FP8 = tuple(architecture for architecture in ARCHITECTURES if architecture >= 89)
 _SMALL_SHARED_MEMORY = {86, 89, 120}  # 99 KB a program
+_LARGE_SHARED_MEMORY = tuple(
+    architecture for architecture in ARCHITECTURES if architecture not in _SMALL_SHARED_MEMORY
+)
 
 _ATTENTION = {
     "block_tables": "*i32",
@@ -142,17 +145,36 @@ def _prefill_hopper(dtype: KernelDType, head_dim: int, has_softcap: bool) -> Ker
 
 
 def _decode(
-    dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool, architecture: int, pairs: bool
+    dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool, architectures: tuple[int, ...]
 ) -> KernelSpec:
-    padded = _padded(head_dim)
-    num_warps = 4 if padded == 256 else 2
-    stages = 2
+    """For any number of sequences: four or five programs share a multiprocessor."""
+    num_warps = 4 if _padded(head_dim) == 256 else 2
+    form = {"STEP": BLOCK_SIZE, "COMBINED": 1024 * num_warps, "STAGES": 2}
+    if kv_dtype == "fp8":
+        form |= {"COMBINED": 2048 * num_warps, "STAGES": 3}
+    name = kernel_name("decode_attention", dtype, kv_dtype, head_dim, has_softcap)
+    return _decode_form(name, dtype, kv_dtype, head_dim, has_softcap, form, num_warps, architectures)
+
+
+def _decode_few(dtype: KernelDType, head_dim: int, has_softcap: bool) -> KernelSpec:
+    """For few sequences: a program has a multiprocessor for itself, and reads twice as far ahead."""
+    step = BLOCK_SIZE if _padded(head_dim) == 256 else 2 * BLOCK_SIZE
+    form = {"STEP": step, "COMBINED": 8192, "STAGES": 3}
+    name = kernel_name("decode_few", dtype, "same", head_dim, has_softcap)
+    return _decode_form(name, dtype, "same", head_dim, has_softcap, form, 4, _LARGE_SHARED_MEMORY)
+
+
+def _decode_form(
+    name: str, dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool,
+    form: dict[str, int], num_warps: int, architectures: tuple[int, ...],
+) -> KernelSpec:  # fmt: skip
+    is_fp8 = kv_dtype == "fp8"
     return KernelSpec(
         decode_attention,
-        kernel_name("decode_pairs" if pairs else "decode_attention", dtype, kv_dtype, head_dim, has_softcap),
+        name,
         {
             "q": f"*{dtype}:16",
-            "cache": "*i16:16" if pairs else f"*{_element(dtype, kv_dtype)}:16",
+            "cache": "*i16:16" if is_fp8 else f"*{dtype}:16",
             "out": f"*{dtype}:16",
             "tiles": "*i32",
             "partial": "*fp32:16",
@@ -162,17 +184,16 @@ def _decode(
         },
         {
             "HEAD_DIM": head_dim,
-            "BLOCK_D": padded,
+            "BLOCK_D": _padded(head_dim),
             "BLOCK_SIZE": BLOCK_SIZE,
             "ROWS": DECODE_ROWS,
-            "COMBINED": 1024 * num_warps,
-            "PAIRS": pairs,
+            "PAIRS": is_fp8,
             "SOFTCAP": has_softcap,
-            "STAGES": stages,
+            **form,
         },
         num_warps=num_warps,
-        num_stages=stages,
-        architectures=(architecture,),
+        num_stages=form["STAGES"],
+        architectures=architectures,
     )
 
 
@@ -189,7 +210,11 @@ def _specs() -> Iterator[KernelSpec]:
             "window": "i32",
             "num_kv_heads": "i32",
             "num_multiprocessors": "i32",
-            "split_cost": "i32",
+            "step": "i32",
+            "is_alone": "i32",
+            "start_cost": "i32",
+            "cut_cost": "i32",
+            "part_cost": "i32",
         },
         {"MAX_SEQUENCES": MAX_SEQUENCES, "BLOCK_SIZE": BLOCK_SIZE},
         num_warps=8,
@@ -202,14 +227,16 @@ def _specs() -> Iterator[KernelSpec]:
                 yield _rope_cache(dtype, kv_dtype, head_dim)
                 softcaps = (False, True) if head_dim in SOFTCAP_HEAD_DIMS else (False,)
                 for has_softcap in softcaps:
-                    for architecture in _FP8 if kv_dtype == "fp8" else ARCHITECTURES:
-                        key = (dtype, kv_dtype, head_dim, has_softcap, architecture)
-                        yield _prefill(*key)
-                        yield _decode(*key, pairs=False)
-                        if kv_dtype == "fp8":
-                            yield _decode(*key, pairs=True)
-                    if kv_dtype == "same" and head_dim <= 128:
-                        yield _prefill_hopper(dtype, head_dim, has_softcap)
+                    key = (dtype, kv_dtype, head_dim, has_softcap)
+                    architectures = _FP8 if kv_dtype == "fp8" else ARCHITECTURES
+                    yield _decode(*key, architectures)
+                    if kv_dtype == "same":
+                        yield _decode_few(dtype, head_dim, has_softcap)
+                    for architecture in architectures:
+                        if architecture == 90 and head_dim <= 128 and kv_dtype == "same":
+                            yield _prefill_hopper(dtype, head_dim, has_softcap)
+                        else:
+                            yield _prefill(*key, architecture)
 
 
 SPECS = list(_specs())

@@ -10,20 +10,32 @@ HALVES_OF_PAIRS = tl.constexpr(attention_layout.HALVES_OF_PAIRS)
 
 
 @triton.jit
-def load_tile(
-    cache,
-    block,
-    part,
-    kv_head,
-    num_kv_heads,
-    WIDTH: tl.constexpr,
-    PADDED: tl.constexpr,
-    BLOCK_SIZE: tl.constexpr,
-):
-    """Keys (part 0) or values (part 1) of a block: [BLOCK_SIZE, PADDED], columns past WIDTH zero."""
-    row = ((block.to(tl.int64) * 2 + part) * num_kv_heads + kv_head) * BLOCK_SIZE
+def load_blocks(table, position, end, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr):
+    """Blocks of the STEP tokens at ``position`` and following: one if STEP is BLOCK_SIZE, or a block a token.
+
+    There are none behind block ``end``, which stands for them, nor where that is negative.
+    """
+    place = position // BLOCK_SIZE
+    if STEP != BLOCK_SIZE:
+        place += tl.arange(0, STEP) // BLOCK_SIZE
+    return tl.load(table + tl.maximum(tl.minimum(place, end), 0))
+
+
+@triton.jit
+def rows_of_keys(blocks, kv_head, num_kv_heads, BLOCK_SIZE: tl.constexpr, STEP: tl.constexpr):
+    """Rows of the cache, as one array of rows, that hold the keys of ``load_blocks``: int64 [STEP].
+
+    Those of their values come num_kv_heads * BLOCK_SIZE later.
+    """
+    first = (blocks.to(tl.int64) * 2 * num_kv_heads + kv_head) * BLOCK_SIZE
+    return first + tl.arange(0, STEP) % BLOCK_SIZE
+
+
+@triton.jit
+def load_rows(cache, rows, WIDTH: tl.constexpr, PADDED: tl.constexpr):
+    """Rows of the cache: [len(rows), PADDED], columns past WIDTH zero."""
     column = tl.arange(0, PADDED)
-    place = cache + row * WIDTH + tl.arange(0, BLOCK_SIZE)[:, None] * WIDTH + column[None, :]
+    place = cache + rows[:, None] * WIDTH + column[None, :]
     if WIDTH == PADDED:
         return tl.load(place)
     else:
@@ -40,7 +52,7 @@ def weigh(
     scale,
     cap,
     window,
-    BLOCK_SIZE: tl.constexpr,
+    STEP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
 ):
@@ -56,7 +68,7 @@ def weigh(
     else:
         factor = scale
     if MASKED:
-        key = start + tl.arange(0, BLOCK_SIZE)[None, :]
+        key = start + tl.arange(0, STEP)[None, :]
         visible = (key <= position[:, None]) & ((window == 0) | (key > position[:, None] - window))
         # Not -inf: a row that sees nothing yet takes weights that its first key wipes out.
         logits = tl.where(visible, logits, NOTHING)
@@ -85,11 +97,14 @@ def attend(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    STEP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     MASKED: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """Adds keys and values at positions [first, last) to a running softmax; ``first`` starts a block.
+
+    STEP at a time, a multiple of BLOCK_SIZE. MASKED has to be if ``last`` ends a step before its end.
 
     Args:
         q: [rows, BLOCK_D]; ``position`` [rows] is where each row stands.
@@ -99,19 +114,19 @@ def attend(
         MASKED: whether some row may not see some key of the range.
     """
     end = tl.cdiv(last, BLOCK_SIZE) - 1
-    # An empty range may begin behind the table.
-    block = tl.load(table + tl.maximum(tl.minimum(first // BLOCK_SIZE, end), 0))
-    for start in tl.range(first, last, BLOCK_SIZE, num_stages=STAGES):
-        # One tile ahead, so that no load waits for the block table.
-        next_block = tl.load(table + tl.minimum(start // BLOCK_SIZE + 1, end))
-        k = load_tile(cache, block, 0, kv_head, num_kv_heads, HEAD_DIM, BLOCK_D, BLOCK_SIZE)
+    blocks = load_blocks(table, first, end, BLOCK_SIZE, STEP)
+    for start in tl.range(first, last, STEP, num_stages=STAGES):
+        # One step ahead, so that no load waits for the block table.
+        next_blocks = load_blocks(table, start + STEP, end, BLOCK_SIZE, STEP)
+        rows = rows_of_keys(blocks, kv_head, num_kv_heads, BLOCK_SIZE, STEP)
+        k = load_rows(cache, rows, HEAD_DIM, BLOCK_D)
         logits = tl.dot(q, k.to(q.dtype).T)
         weights, shrink, largest, total = weigh(
-            logits, largest, total, start, position, scale, cap, window, BLOCK_SIZE, SOFTCAP, MASKED
+            logits, largest, total, start, position, scale, cap, window, STEP, SOFTCAP, MASKED
         )
-        v = load_tile(cache, block, 1, kv_head, num_kv_heads, HEAD_DIM, BLOCK_D, BLOCK_SIZE)
+        v = load_rows(cache, rows + num_kv_heads * BLOCK_SIZE, HEAD_DIM, BLOCK_D)
         acc = tl.dot(weights.to(q.dtype), v.to(q.dtype), acc * shrink[:, None])
-        block = next_block
+        blocks = next_blocks
     return acc, largest, total
 
 
@@ -147,6 +162,7 @@ def attend_pairs(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    STEP: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
 ):
@@ -160,21 +176,20 @@ def attend_pairs(
     acc_even = tl.zeros([even.shape[0], half], tl.float32)
     acc_odd = tl.zeros([even.shape[0], half], tl.float32)
     end = tl.cdiv(last, BLOCK_SIZE) - 1
-    block = tl.load(table + tl.maximum(tl.minimum(first // BLOCK_SIZE, end), 0))
-    for start in tl.range(first, last, BLOCK_SIZE, num_stages=STAGES):
-        next_block = tl.load(table + tl.minimum(start // BLOCK_SIZE + 1, end))
-        k = load_tile(cache, block, 0, kv_head, num_kv_heads, width, half, BLOCK_SIZE)
-        k_even, k_odd = halves_of_pairs(k)
+    blocks = load_blocks(table, first, end, BLOCK_SIZE, STEP)
+    for start in tl.range(first, last, STEP, num_stages=STAGES):
+        next_blocks = load_blocks(table, start + STEP, end, BLOCK_SIZE, STEP)
+        rows = rows_of_keys(blocks, kv_head, num_kv_heads, BLOCK_SIZE, STEP)
+        k_even, k_odd = halves_of_pairs(load_rows(cache, rows, width, half))
         logits = tl.dot(odd, k_odd.T, tl.dot(even, k_even.T))
         weights, shrink, largest, total = weigh(
-            logits, largest, total, start, position, scale, cap, window, BLOCK_SIZE, SOFTCAP, True
+            logits, largest, total, start, position, scale, cap, window, STEP, SOFTCAP, True
         )
         weights = weights.to(tl.float16)
-        v = load_tile(cache, block, 1, kv_head, num_kv_heads, width, half, BLOCK_SIZE)
-        v_even, v_odd = halves_of_pairs(v)
+        v_even, v_odd = halves_of_pairs(load_rows(cache, rows + num_kv_heads * BLOCK_SIZE, width, half))
         acc_even = tl.dot(weights, v_even, acc_even * shrink[:, None])
         acc_odd = tl.dot(weights, v_odd, acc_odd * shrink[:, None])
-        block = next_block
+        blocks = next_blocks
     return tl.interleave(acc_even, acc_odd), largest, total
 
 

@@ -14,15 +14,22 @@ RECORD = tl.constexpr(8)
 
 
 @triton.jit
-def _tokens_of_time(num_programs, num_multiprocessors, share, size):
+def _tokens_of_time(num_programs, num_multiprocessors, share, size, is_alone, start_cost):
     """How long programs of ``size`` tokens take, in tokens that a busy multiprocessor reads meanwhile.
 
-    A single program keeps it 45 % busy, two 81 %, three 93 % (fitted to times on an H200).
+    Of those that do not have it alone, a single one keeps it 45 % busy, two 81 %, three 93 % (fitted to times
+    on an H200).
     """
     rounds = tl.cdiv(num_programs, num_multiprocessors)
-    together = tl.where(rounds == 1, 2.2, tl.where(rounds == 2, 2.47, tl.where(rounds == 3, 3.2, 4.0)))
-    in_turn = tl.minimum(rounds.to(tl.float32) * size, share.to(tl.float32) + size)
-    return tl.where(rounds <= 4, together * size, in_turn)
+    begun = (num_programs * start_cost).to(tl.float32) / num_multiprocessors
+    started = size + start_cost
+    alone = tl.minimum(rounds.to(tl.float32) * started, share.to(tl.float32) + begun + started)
+    # They come and go by fours, if they are equally long.
+    rest = rounds % 4
+    rest_time = tl.where(rest == 0, 0.0, tl.where(rest == 1, 2.2, tl.where(rest == 2, 2.47, 3.2)))
+    by_fours = (rounds // 4 * 4 + rest_time) * size
+    together = tl.where(rounds <= 4, by_fours, tl.minimum(by_fours, share.to(tl.float32) + 2.2 * size))
+    return tl.where(is_alone != 0, alone, together)
 
 
 @triton.jit
@@ -35,7 +42,11 @@ def plan_decode(
     window,
     num_kv_heads,
     num_multiprocessors,
-    split_cost,
+    step,
+    is_alone,
+    start_cost,
+    cut_cost,
+    part_cost,
     MAX_SEQUENCES: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
 ):
@@ -43,10 +54,13 @@ def plan_decode(
 
     Writes tiles int32 [num_tiles, 8]: sequence, first and last + 1 position, split, number of splits, row of
     the sequence's first token in q, number of tokens, context length. num_tiles > num_sequences. Unused tiles
-    get sequence -1. A sequence without context gets a tile of nothing.
+    get sequence -1. A sequence without context gets a tile of nothing. Lengths of tiles are multiples of
+    ``step``, but for the last of a sequence.
 
-    Of a few sizes of a tile it takes the one with which the multiprocessors should be done first. Adding up a
-    split takes as long as reading ``split_cost`` tokens.
+    Of a few sizes of a tile it takes the one with which the multiprocessors should be done first.
+    is_alone: programs have a multiprocessor for themselves. Costs are the times in which a busy one reads so
+    many tokens: start_cost, until a program that is alone reads its first; cut_cost, to add up parts at all;
+    part_cost, for each of them.
     """
     sequence = tl.arange(0, MAX_SEQUENCES)
     exists = sequence < num_sequences
@@ -60,16 +74,18 @@ def plan_decode(
     longest = tl.max(length, 0)
     sum_of_lengths = tl.sum(length.to(tl.int64), 0)
     share = tl.cdiv(sum_of_lengths * num_kv_heads, num_multiprocessors)
-    size = tl.maximum(tl.cdiv(longest, BLOCK_SIZE), 1) * BLOCK_SIZE
-    least = _tokens_of_time(num_sequences * num_kv_heads, num_multiprocessors, share, size)
+    size = tl.maximum(tl.cdiv(longest, step), 1) * step
+    least = _tokens_of_time(
+        num_sequences * num_kv_heads, num_multiprocessors, share, size, is_alone, start_cost
+    )
     for parts in range(1, 9):
         # sum(ceil(length / size)) <= sum(length) / size + num_sequences <= num_tiles
         extra = tl.minimum(parts * num_multiprocessors // num_kv_heads, num_tiles - num_sequences)
         tried = tl.cdiv(sum_of_lengths, tl.maximum(extra, 1)).to(tl.int32)
-        tried = tl.maximum(tl.cdiv(tried, BLOCK_SIZE), 1) * BLOCK_SIZE
+        tried = tl.maximum(tl.cdiv(tried, step), 1) * step
         count = tl.sum(tl.where(exists, tl.maximum(tl.cdiv(length, tried), 1), 0), 0)
-        cost = _tokens_of_time(count * num_kv_heads, num_multiprocessors, share, tried)
-        cost += split_cost * (3 + tl.cdiv(longest, tried))
+        cost = _tokens_of_time(count * num_kv_heads, num_multiprocessors, share, tried, is_alone, start_cost)
+        cost += cut_cost + part_cost * tl.cdiv(longest, tried)
         if (cost < least) & (extra > 0):
             least = cost
             size = tried
@@ -178,6 +194,7 @@ def decode_attention(
     HEAD_DIM: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    STEP: tl.constexpr,
     ROWS: tl.constexpr,
     COMBINED: tl.constexpr,
     PAIRS: tl.constexpr,
@@ -226,14 +243,14 @@ def decode_attention(
         odd = tl.load(source + 2 * pair[None, :] + 1, mask=is_pair, other=0.0).to(tl.float16)
         acc, largest, total = attend_pairs(
             even, odd, largest, total, cache, table, first, last, position, kv_head, num_kv_heads,
-            scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, STAGES,
+            scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, STEP, SOFTCAP, STAGES,
         )  # fmt: skip
     else:
         rows = tl.load(source + column[None, :], mask=mask, other=0.0)
         acc = tl.zeros([ROWS, BLOCK_D], tl.float32)
         acc, largest, total = attend(
             rows, acc, largest, total, cache, table, first, last, position, kv_head, num_kv_heads,
-            scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, True, STAGES,
+            scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, STEP, SOFTCAP, True, STAGES,
         )  # fmt: skip
 
     if splits == 1:

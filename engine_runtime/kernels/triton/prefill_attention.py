@@ -71,15 +71,15 @@ def prefill_attention(
     total = tl.zeros([ROWS], tl.float32)
     acc, largest, total = attend(
         rows, acc, largest, total, cache, table, first, tl.minimum(seen, high), position, kv_head,
-        num_kv_heads, scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, True, STAGES,
+        num_kv_heads, scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_SIZE, SOFTCAP, True, STAGES,
     )  # fmt: skip
     acc, largest, total = attend(
         rows, acc, largest, total, cache, table, seen, diagonal, position, kv_head, num_kv_heads,
-        scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, False, STAGES,
+        scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_SIZE, SOFTCAP, False, STAGES,
     )  # fmt: skip
     acc, largest, total = attend(
         rows, acc, largest, total, cache, table, diagonal, high, position, kv_head, num_kv_heads,
-        scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, True, STAGES,
+        scale, cap, window, HEAD_DIM, BLOCK_D, BLOCK_SIZE, BLOCK_SIZE, SOFTCAP, True, STAGES,
     )  # fmt: skip
 
     shrink, total = add_sink(largest, total, sinks, head, has_sinks, is_row)

@@ -239,14 +239,11 @@ def random_case(seed: int, **fixed: Any) -> AttentionCase:
     )
 
 
-def make_attention(
-    library: Any, case: AttentionCase, num_multiprocessors: int, *, use_candidates: bool = False
-) -> PagedAttention:
+def make_attention(library: Any, case: AttentionCase, num_multiprocessors: int) -> PagedAttention:
     return PagedAttention(
         library,
         case.shape,
         max_sequences=max(1, len(case.sequences)),
         num_multiprocessors=num_multiprocessors,
         windows=(None, case.window),
-        use_candidates=use_candidates,
     )

@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
-from engine_runtime.kernels.attention_layout import BLOCK_SIZE, HALVES_OF_PAIRS, NOTHING
+from engine_runtime.kernels.attention_layout import BLOCK_SIZE, HALVES_OF_PAIRS, NOTHING, PLAN
 from engine_runtime.kernels.gpu_attention import AttentionShape, DecodeBatch, PagedAttention
 from tests.engine_runtime.kernels.attention_cases import (
     AttentionCase,
@@ -50,7 +50,7 @@ class Untouched:
 
     def get(self, name: str) -> Any:
         class Kernel:
-            constexprs = {"ROWS": 128, "HEADS": 8, "BLOCK_D": 128}  # noqa: RUF012
+            constexprs = {"ROWS": 128, "HEADS": 8, "BLOCK_D": 128, "STEP": 64, "COMBINED": 2048}  # noqa: RUF012
 
         return Kernel()
 
@@ -152,18 +152,50 @@ def case_of(sequences: list[Sequence], num_decode: int, **changes: Any) -> Atten
 
 @in_the_interpreter
 class TestInterpreted:
-    def check(
-        self, case: AttentionCase, num_multiprocessors: int = 2, num_plans: int = 1, **options: Any
-    ) -> None:
+    def check(self, case: AttentionCase, num_multiprocessors: int = 2, num_plans: int = 1) -> None:
         from engine_runtime.kernels.triton.attention_specs import SPECS
         from tests.engine_runtime.kernels.interpreted_kernels import HostMemory, InterpretedLibrary
 
         library = InterpretedLibrary(SPECS, 89 if case.shape.kv_dtype == "fp8" else 80)
-        attention = make_attention(library, case, num_multiprocessors, **options)
+        attention = make_attention(library, case, num_multiprocessors)
         case.check(attention, HostMemory(), num_plans)
 
-    def test_decoding_alone_is_split(self) -> None:
-        self.check(case_of([Sequence(1, 700)], 1), num_plans=2)
+    @pytest.mark.parametrize("is_alone", [0, 1])
+    @pytest.mark.parametrize("window", [0, 100])
+    def test_plans_cover_each_context_once(self, window: int, is_alone: int) -> None:
+        from engine_runtime.kernels.triton.attention_specs import SPECS
+        from tests.engine_runtime.kernels.interpreted_kernels import HostMemory, InterpretedLibrary
+
+        memory = HostMemory()
+        contexts, counts = np.array([3000, 1, 0, 64, 0, 700], np.int32), np.array([2, 1, 1, 3, 0, 1])
+        query_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        tiles = np.full((40, 8), -7, np.int32)
+        address, step = memory.put(tiles), 64 << is_alone
+        InterpretedLibrary(SPECS).get(PLAN).launch(
+            (1, 1, 1), memory.stream, memory.put(query_start), memory.put(contexts), address,
+            len(contexts), len(tiles), window, 2, 16, step, is_alone, 90, 50, 3,
+        )  # fmt: skip
+        written = memory.get(address, tiles).tolist()
+        used = [tile for tile in written if tile[0] >= 0]
+        assert written == used + [[-1, *tile[1:]] for tile in written[len(used) :]]
+        covered: dict[int, int] = {}
+        for sequence, first, last, split, splits, row, count, context in used:
+            assert (row, count, context) == (query_start[sequence], counts[sequence], contexts[sequence])
+            assert splits == sum(tile[0] == sequence for tile in used)
+            if split == 0:
+                oldest = max(context - count - window + 1, 0) if window else 0
+                assert first == oldest // BLOCK_SIZE * BLOCK_SIZE
+            else:
+                assert first == covered[sequence]
+                assert first < last
+            assert split == splits - 1 or (last - first) % step == 0
+            covered[sequence] = last
+        assert covered == dict(enumerate(contexts.tolist()))
+        assert window or any(tile[4] > 1 for tile in used)
+
+    @pytest.mark.parametrize("num_multiprocessors", [1, 16])  # for many sequences, and for few
+    def test_decoding_alone_is_split(self, num_multiprocessors: int) -> None:
+        self.check(case_of([Sequence(1, 700)], 1), num_multiprocessors, num_plans=2)
 
     def test_more_rows_than_are_added_up_at_once(self) -> None:
         self.check(case_of([Sequence(2, 321), Sequence(1, 64)], 2), num_plans=2)
@@ -190,8 +222,7 @@ class TestInterpreted:
     def test_heads_that_are_padded(self) -> None:
         self.check(case_of([Sequence(1, 70), Sequence(20, 90)], 1, shape={"head_dim": 80}))
 
-    @pytest.mark.parametrize("use_candidates", [False, True])
-    def test_an_fp8_cache(self, use_candidates: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_an_fp8_cache(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from engine_runtime.kernels.triton import attention_tile
         from tests.engine_runtime.kernels.interpreted_kernels import halves_of_pairs
 
@@ -202,7 +233,7 @@ class TestInterpreted:
             # The interpreter does not round up to FP8 correctly where a power of two is passed.
             scales = {"k_scale": 2**-5, "v_scale": 2**-6, "is_exact": True}
             case = case_of(sequences, 3, shape=shape, window=100, **scales)
-            self.check(case, use_candidates=use_candidates)
+            self.check(case)
 
     @pytest.mark.parametrize("seed", range(4))
     def test_random_steps(self, seed: int) -> None:
