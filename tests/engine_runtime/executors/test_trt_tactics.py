@@ -19,13 +19,14 @@ from engine_runtime.executors.tensorrt.kernel_forms import Quantization, project
 from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment, UnsupportedSegmentError
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory, Tactic
 from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder
-from engine_runtime.kernels.triton import segment_gemm_specs
+from engine_runtime.kernels.triton import segment_gemm_specs, segment_hopper_specs
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.segment import SegmentKind
 from tests.engine_runtime.tiny_configs import tiny_config
 
 KINDS: tuple[SegmentKind, ...] = ("first", "middle", "last")
-REAL_NAMES = tuple(spec.name for spec in segment_gemm_specs.SPECS if 90 in spec.architectures)
+_SPECS = [*segment_gemm_specs.SPECS, *segment_hopper_specs.SPECS]
+REAL_NAMES = tuple(spec.name for spec in _SPECS if 90 in spec.architectures)
 NAMES = (
     "skinny_plain_16x32x64x8x4",
     "skinny_plain_16x64x64x8x4",
