@@ -397,7 +397,7 @@ async def test_errors_reach_the_client(tokenizer: Tokenizer) -> None:
     engine = _scripted(tokenizer)
     async with _client(engine, tokenizer) as client:
         with pytest.raises(anthropic.NotFoundError, match="does not exist") as missing:
-            await client.messages.create(**BODY | {"model": "claude"})
+            await client.messages.create(**BODY | {"model": "another"})
         assert missing.value.body["error"]["type"] == "not_found_error"  # type: ignore[index]
         working = engine.script
 
