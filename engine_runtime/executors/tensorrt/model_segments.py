@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Collection
 
 from engine_runtime.cuda import CudaDevice, Stream
@@ -14,7 +15,7 @@ from engine_runtime.executors.tensorrt.kept_segments import kept_segments
 from engine_runtime.executors.tensorrt.kernel_forms import Quantization, projections
 from engine_runtime.executors.tensorrt.kernel_segment import UnsupportedSegmentError
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory
-from engine_runtime.executors.tensorrt.tuning import TuningSpace, tune, tuned_counts
+from engine_runtime.executors.tensorrt.tuning import TUNING_SECONDS, TuningSpace, tune, tuned_counts
 from engine_runtime.executors.tensorrt.weights import WeightPlan
 from engine_runtime.kernels.kernel_library import KernelLibrary
 from engine_runtime.model_config import ModelConfig
@@ -84,6 +85,7 @@ class ModelSegments:
         """Finds the fastest way to compute each segment, unless an earlier start has."""
         last = self._model.num_hidden_layers - 1
         smallest = min(shape.n * shape.k for shape in projections(self._model, "middle").values())
+        deadline = time.monotonic() + TUNING_SECONDS
         for form, factory in self.factories.items():
             count = -(-2 * self._device.properties.l2_cache // (smallest * (1 if form == "fp8" else 2)))
             layers = [layer for layer in range(last) if self.plan.quantization_of(layer) == form]
@@ -96,7 +98,7 @@ class ModelSegments:
                 decoder.workspace,
             )
             counts = tuned_counts(self._rows, self._tokens)
-            tune(factory, counts, space, stream, lambda done, size: report("tuning", done, size))
+            tune(factory, counts, space, stream, deadline, lambda done, size: report("tuning", done, size))
 
     def buckets(self) -> tuple[Buckets, Buckets, BackgroundBuilds]:
         """Of decode steps, of others, and what builds those that are missing."""

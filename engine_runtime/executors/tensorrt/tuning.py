@@ -17,7 +17,8 @@ from engine_runtime.executors.tensorrt.tactics import SegmentFactory
 from engine_runtime.models.segment import SegmentKind
 
 _logger = logging.getLogger(__name__)
-_BUDGET_S = 8.0  # of one start; the next one goes on
+TUNING_SECONDS = 8.0
+"""Of one start; the next one goes on."""
 _FEW_TOKENS = 256
 _PREFILL_TOKENS = (512, 1024, 2048, 4096, 8192)
 
@@ -54,11 +55,13 @@ def tune(
     counts: Sequence[tuple[SegmentKind, int]],
     space: TuningSpace,
     stream: Stream,
+    deadline: float,
     report: Callable[[int, int], None],
 ) -> None:
-    """Times what is not known yet, until the time is up.
+    """Times what is not known yet.
 
     Args:
+        deadline: of ``time.monotonic``; nothing is begun after it.
         report: called with (done, all) if there is anything to do.
     """
     todo = [
@@ -68,10 +71,9 @@ def tune(
         and segments.known_tactic(kind, bucket) is None
         and segments.is_ready(kind, bucket)
     ]
-    begin = time.monotonic()
     for done, (kind, bucket) in enumerate(todo):
         report(done, len(todo))
-        if time.monotonic() - begin > _BUDGET_S:
+        if time.monotonic() > deadline:
             _logger.info("%d of %d sizes of steps are timed at the next start", len(todo) - done, len(todo))
             break
         layers = space.layers[kind]
