@@ -31,7 +31,8 @@ from engine_runtime.executors.tensorrt.kernel_forms import Quantization
 from engine_runtime.executors.tensorrt.library import tensorrt_version
 from engine_runtime.executors.tensorrt.segment import BoundSegment
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory, Tactic
-from engine_runtime.executors.tensorrt.weights import DeviceWeights, WeightPlan
+from engine_runtime.executors.tensorrt.weight_plan import WeightPlan
+from engine_runtime.executors.tensorrt.weights import DeviceWeights
 from engine_runtime.kernels.kernel_library import KernelLibrary
 from engine_runtime.model_config import LayerConfig, ModelConfig
 from engine_runtime.rope import RopeConfig

@@ -25,7 +25,8 @@ from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment  # no
 from engine_runtime.executors.tensorrt.segment import TrtSegment  # noqa: E402
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory  # noqa: E402
 from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder  # noqa: E402
-from engine_runtime.executors.tensorrt.weights import DeviceWeights, WeightPlan, load_weights  # noqa: E402
+from engine_runtime.executors.tensorrt.weight_plan import WeightPlan  # noqa: E402
+from engine_runtime.executors.tensorrt.weights import DeviceWeights, load_weights  # noqa: E402
 from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError  # noqa: E402
 from engine_runtime.model_config import ModelConfig  # noqa: E402
 from engine_runtime.models.architectures import ARCHITECTURES  # noqa: E402

@@ -16,7 +16,7 @@ from engine_runtime.executors.tensorrt.kernel_forms import Quantization, project
 from engine_runtime.executors.tensorrt.kernel_segment import UnsupportedSegmentError
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory
 from engine_runtime.executors.tensorrt.tuning import TUNING_SECONDS, TuningSpace, tune, tuned_counts
-from engine_runtime.executors.tensorrt.weights import WeightPlan
+from engine_runtime.executors.tensorrt.weight_plan import WeightPlan
 from engine_runtime.kernels.kernel_library import KernelLibrary
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.segment import SegmentKind

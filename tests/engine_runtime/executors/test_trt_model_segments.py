@@ -15,7 +15,7 @@ from engine_runtime.executors.tensorrt import model_segments
 from engine_runtime.executors.tensorrt.kept_segments import kept_segments
 from engine_runtime.executors.tensorrt.kernel_segment import UnsupportedSegmentError
 from engine_runtime.executors.tensorrt.model_segments import ModelSegments, choose_segments
-from engine_runtime.executors.tensorrt.weights import WeightPlan
+from engine_runtime.executors.tensorrt.weight_plan import WeightPlan
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.runtime_config import RuntimeConfig, UnsupportedDeviceError
 from engine_runtime.weights.checkpoint import Checkpoint, open_checkpoint

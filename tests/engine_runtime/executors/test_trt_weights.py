@@ -14,12 +14,8 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
 
-from engine_runtime.executors.tensorrt.weights import (
-    StoredTensor,
-    WeightPlan,
-    convert,
-    load_weights,
-)
+from engine_runtime.executors.tensorrt.weight_plan import StoredTensor, WeightPlan
+from engine_runtime.executors.tensorrt.weights import convert, load_weights
 from engine_runtime.models.architectures import ARCHITECTURES
 from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import SegmentKind
