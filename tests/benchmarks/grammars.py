@@ -1,8 +1,8 @@
 """What grammars cost: ``python -m tests.benchmarks.grammars`` (``--only masks`` or ``--only steps``).
 
 Masks: a vocabulary of 128k tokens, the default model's 49k and made-up words; JSON texts for a few schemas
-go through ``GrammarMatchers`` token by token, alone and 32 at once, and each mask is timed. Steps: the default
-model on the CPU, 32 sequences at once, free and with grammars that never end.
+go through ``GrammarMatchers`` token by token, alone and 32 at once, and each mask is timed. Steps: the
+default model on the CPU, 32 sequences at once, free and with grammars that never end.
 """
 
 from __future__ import annotations
@@ -173,7 +173,9 @@ def measure_steps(num_tokens: int, rounds: int) -> None:
             for row, prompt in enumerate(prompts):
                 params = SamplingParams(seed=row, max_tokens=num_tokens)
                 token_ids = tuple(tokenizer.encode(prompt))
-                core.add_request(Request(f"{turn}.{name}.{row}", token_ids, params, grammar=grammar))
+                core.add_request(
+                    Request(f"{turn}.{name}.{row}", token_ids, params, cache_salt=name, grammar=grammar)
+                )
             count, began, times = 0, time.perf_counter(), []
             while count < ROWS * num_tokens:
                 if not core.has_work:
