@@ -20,6 +20,8 @@ _MAX_CACHED = 64
 _MAX_CACHED_BYTES = 8 * 2**20
 _NUM_COMPILERS = 2
 _MAX_MASK_THREADS = 16
+# With fewer cores, the threads of the model are on them: waking more takes longer than what they would do.
+_LEAST_CORES = 8
 
 
 @dataclass(slots=True)
@@ -62,7 +64,10 @@ class GrammarMatchers:
         self._threads = ThreadPoolExecutor(_NUM_COMPILERS, thread_name_prefix="grammar")
         self._compiler: Future[GrammarCompiler] | None = None
         self._vocabulary: Vocabulary | None = None
-        self._executor = llguidance.LLExecutor(min(_MAX_MASK_THREADS, len(os.sched_getaffinity(0))))
+        num_cores = len(os.sched_getaffinity(0))
+        self._parallel = (
+            llguidance.LLExecutor(min(_MAX_MASK_THREADS, num_cores)) if num_cores >= _LEAST_CORES else None
+        )
         self._preparing: dict[str, Request] = {}
         self._prepared: SimpleQueue[tuple[Request, llguidance.LLMatcher | None, str | None]] = SimpleQueue()
         self._compiled: OrderedDict[str, llguidance.LLMatcher] = OrderedDict()
@@ -127,12 +132,13 @@ class GrammarMatchers:
             return None
         followers = [self._followers[name] for name in names]
         masks = self._room(len(names))
-        num_bytes = masks.shape[1] * masks.itemsize
-        if len(names) == 1:
-            followers[0].matcher.unsafe_compute_mask_ptr(masks.ctypes.data, num_bytes)
+        address, num_bytes = masks.ctypes.data, masks.shape[1] * masks.itemsize
+        if self._parallel is None:
+            for row, follower in enumerate(followers):
+                follower.matcher.unsafe_compute_mask_ptr(address + row * num_bytes, num_bytes)
         else:
             rows = [(follower.matcher, row) for row, follower in enumerate(followers)]
-            self._executor.unsafe_compute_mask_ptr(rows, masks.ctypes.data, num_bytes, len(rows))
+            self._parallel.unsafe_compute_mask_ptr(rows, address, num_bytes, len(rows))
         for row, follower in zip(masks, followers, strict=False):
             _hold_back(row, follower)
         return TokenMasks(tuple(names), masks[: len(names)].tobytes())

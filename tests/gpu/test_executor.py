@@ -19,6 +19,7 @@ from scheduler.messages import SamplingParams
 from tests.engine_runtime.executors.generation import Generated, Limited, generate, tokens
 from tests.gpu.gpu_found import skip_without_gpu
 from tests.reference.recordings import Recording, load_recordings
+from tests.scheduler.pattern_grammars import PatternGrammars, allowed
 
 pytestmark = skip_without_gpu
 _NUM_TOKENS = 64
@@ -153,6 +154,19 @@ def test_logprobs_and_penalties(executor: Executor, recordings: list[Recording])
     assert all(logprob.rank == 1 for logprob in plain.logprobs)
     for logprob in plain.logprobs:
         assert logprob.top[0] == (logprob.token_id, logprob.logprob)
+
+
+def test_grammars_beside_free_sequences(executor: Executor, recordings: list[Recording]) -> None:
+    prompts = [r.prompt_token_ids for r in recordings]
+    patterns = ["..01.2" * 6 if i % 2 else None for i in range(len(prompts))]
+    for forces in (False, True):
+        grammars = PatternGrammars(forces=forces, vocab_size=executor.spec.vocab_size)
+        results, _ = generate(executor, prompts, _NUM_TOKENS, None, grammars, patterns)
+        _check(results[::2], recordings[::2])
+        for result in results[1::2]:
+            text = result.token_ids
+            assert len(text) == 37
+            assert all(token in allowed("..01.2" * 6, text[:i]) for i, token in enumerate(text))
 
 
 def test_nothing_of_torch_or_triton_is_loaded(executor: Executor) -> None:

@@ -17,12 +17,16 @@ class PatternGrammars:
 
     With ``forces``, letters without choice come unsampled. A pattern with other letters is wrong.
 
+    Args:
+        vocab_size: columns of the logits; a larger one makes the masks longer.
+
     Attributes:
         is_slow: grammars are compiled only when ``finish`` is called.
     """
 
-    def __init__(self, *, forces: bool, is_slow: bool = False) -> None:
+    def __init__(self, *, forces: bool, is_slow: bool = False, vocab_size: int = VOCAB_SIZE) -> None:
         self._forces = forces
+        self._mask_bytes = -(-vocab_size // 32) * 4
         self.is_slow = is_slow
         self._preparing: list[Request] = []
         self._prepared: list[Request] = []
@@ -57,7 +61,9 @@ class PatternGrammars:
         names = [s.request_id for s in shares if s.samples and s.request_id in self.followed]
         rows = [sum(1 << token_id for token_id in allowed(*self.followed[name])) for name in names]
         return (
-            TokenMasks(tuple(names), b"".join(row.to_bytes(4, "little") for row in rows)) if names else None
+            TokenMasks(tuple(names), b"".join(row.to_bytes(self._mask_bytes, "little") for row in rows))
+            if names
+            else None
         )
 
     def accept(self, request_id: str, token_id: int) -> Accepted:

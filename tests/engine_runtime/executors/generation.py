@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from scheduler.engine_core import EngineCore
 from scheduler.executor import Executor
+from scheduler.grammars import Grammars
 from scheduler.messages import (
     EngineStats,
     ExecutorSpec,
@@ -52,13 +53,19 @@ def generate(
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     params: SamplingParams | None = None,
+    grammars: Grammars | None = None,
+    patterns: Sequence[str | None] = (),
 ) -> tuple[list[Generated], EngineStats]:
-    """Runs all prompts at once through an engine of its own, to ``max_tokens`` whatever the tokens are."""
+    """Runs all prompts at once through an engine of its own, to ``max_tokens`` whatever the tokens are.
+
+    Args:
+        patterns: for ``grammars``, one a prompt.
+    """
     params = replace(params or SamplingParams(temperature=0.0), max_tokens=max_tokens)
-    core = EngineCore(executor)
+    core = EngineCore(executor, grammars)
     results = [Generated() for _ in prompts]
     for i, prompt in enumerate(prompts):
-        core.add_request(Request(str(i), tuple(prompt), params))
+        core.add_request(Request(str(i), tuple(prompt), params, grammar=patterns[i] if patterns else None))
     while core.has_work:
         for output in core.step().outputs:
             assert output.error is None, output.error

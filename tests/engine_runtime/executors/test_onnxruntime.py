@@ -20,6 +20,7 @@ from scheduler.messages import (
     SchedulerOutput,
 )
 from tests.engine_runtime.executors.generation import Limited, generate, tokens
+from tests.scheduler.pattern_grammars import PatternGrammars, allowed
 
 _RNG = np.random.default_rng(0)
 _LENGTHS = (1, 2, 15, 16, 17, 40, 100, 257)
@@ -72,6 +73,22 @@ def test_sampled_tokens_depend_on_the_seed_not_on_the_batch(smollm2_int8: Execut
     assert tokens(together) == alone
     other, _ = generate(smollm2_int8, _PROMPTS[:4], 10, replace(params, seed=12))
     assert tokens(other) != alone
+
+
+def test_forced_tokens_change_nothing(smollm2_int8: Executor) -> None:
+    params = SamplingParams(temperature=0.9, seed=4)
+    patterns = [".0.1..2." * 2, "0120...", None, "." * 16] * 2
+    texts = []
+    for forces in (False, True):
+        grammars = PatternGrammars(forces=forces, vocab_size=smollm2_int8.spec.vocab_size)
+        results, _ = generate(smollm2_int8, _PROMPTS, 12, params, grammars, patterns)
+        texts.append(tokens(results))
+    assert texts[0] == texts[1]
+    for pattern, text in zip(patterns, texts[0], strict=True):
+        if pattern is not None:
+            assert all(token in allowed(pattern, text[:i]) for i, token in enumerate(text))
+    free, _ = generate(smollm2_int8, _PROMPTS, 12, params)
+    assert texts[0][2] == free[2].token_ids
 
 
 def _logprobs(executor: Executor, prompts: list[list[int]]) -> list[list[tuple[float, int]]]:

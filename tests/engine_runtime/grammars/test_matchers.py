@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import threading
 from collections.abc import Callable, Iterator
@@ -122,7 +123,12 @@ def test_tokens_without_alternative_are_forced(follower: Follower) -> None:
     assert follower.matchers.accept("reporting", first).forced_token_ids == ()
 
 
-def test_sequences_do_not_disturb_each_other(follower: Follower) -> None:
+@pytest.mark.parametrize("num_cores", [1, 8])
+def test_sequences_do_not_disturb_each_other(
+    tokenizer: Tokenizer, num_cores: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(num_cores)))
+    follower = Follower(tokenizer)
     names = [f"r{number}" for number in range(9)]
     for name in names:
         follower.begin(from_regex("a[xy]|b[uv]|c"), name)
@@ -136,6 +142,7 @@ def test_sequences_do_not_disturb_each_other(follower: Follower) -> None:
     assert texts[0] == texts[8]
     assert {"a", "b", "c"} <= texts[0] <= {"a", "ax", "ay", "b", "bu", "bv", "c"}
     assert allowed[3] == follower.allowed("r3")[0]
+    follower.matchers.shutdown()
 
 
 def test_a_grammar_goes_on_behind_what_was_generated(follower: Follower) -> None:
