@@ -73,11 +73,6 @@ class ChatPrompts:
                 "'tool_choice' cannot be honoured: this server was started with --tool-call-parser none.",
                 param="tool_choice",
             )
-        if choice.is_required:
-            raise UnsupportedParameterError(
-                "'tool_choice' other than 'auto' or 'none' is not supported by this server.",
-                param="tool_choice",
-            )
         messages = [self._message(message, index) for index, message in enumerate(wire.messages)]
         tools = [dict(tool) for tool in choice.tools] or None
         if not formats.template_takes_tools:

@@ -258,6 +258,7 @@ class ChatCompletionRequest(ChatPromptFields, SamplingFields):
     max_completion_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    thinking_token_budget: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
 
 
 PromptInput = Annotated[

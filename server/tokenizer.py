@@ -46,6 +46,7 @@ class Tokenizer:
     Attributes:
         vocab_size: token ids are below it.
         eos_token_ids: tokens that end a generation.
+        added_token_ids: tokens beside those of the vocabulary proper, by name: control tokens and others.
         special_token_ids, special_token_names: control tokens: no text of their own, left out of what a
             client sees.
         chat_template: None if the model has none.
@@ -58,6 +59,7 @@ class Tokenizer:
         special = {token_id: token for token_id, token in added.items() if token.special}
         self.bos_token_id = spec.bos_token_id
         self.eos_token_ids = spec.eos_token_ids
+        self.added_token_ids = {token.content: token_id for token_id, token in added.items()}
         self.special_token_ids = frozenset(special)
         self._special_names = {token.content: token_id for token_id, token in special.items()}
         self.special_token_names = frozenset(self._special_names)

@@ -19,13 +19,19 @@ from server.tool_choice import ToolChoice
 
 # Of an answer that must be calls: small models would never come to an end.
 MAX_REQUIRED_CALLS = 16
+ANSWER = "answer"
 # Between the parts of JSON, for the same reason.
 _WHITESPACE = r" |\n[ \t]{0,40}"
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
 def tool_grammar(
-    choice: ToolChoice, syntax: OutputSyntax, tokens: Mapping[str, int], thinking_budget: int | None = None
+    choice: ToolChoice,
+    syntax: OutputSyntax,
+    tokens: Mapping[str, int],
+    thinking_budget: int | None = None,
+    *,
+    has_answer: bool = False,
 ) -> str | None:
     """The grammar of an answer; None if it is free.
 
@@ -38,11 +44,19 @@ def tool_grammar(
         tokens: ids of those markers that are control tokens, and of the end of the reasoning if it is one
             token of any kind.
         thinking_budget: in tokens.
+        has_answer: content must follow the grammar named ``ANSWER``, which the caller adds. Calls may take
+            its place.
     """
     grammar, tools = _Grammar(tokens), syntax.tools
     is_strict = any(tool["function"].get("strict") for tool in choice.tools)
     if tools is not None and choice.is_required:
         body = grammar.calls(choice, tools.writing)
+    elif has_answer:
+        if syntax.reasoning is None and not choice.tools:
+            return None
+        body = f"@{ANSWER}"
+        if tools is not None:
+            body = f"({grammar.calls(choice, tools.writing)} | {body})"
     elif tools is not None and tools is not HARMONY and is_strict:
         body = grammar.text_with_calls(choice, tools)
     elif thinking_budget is not None:

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from scheduler.messages import ExecutorSpec, Request, SamplingParams
 from server.call import Call, Prompt
+from server.chat_grammar import ChatGrammars
 from server.chat_prompt import ChatPrompt, ChatPrompts
 from server.chat_template import ChatTemplateError
 from server.engine_protocol import EngineClient
@@ -65,6 +66,7 @@ class Validator:
         if formats is None:
             formats = model_formats(tokenization.tokenizer.chat_template)
         self.chat_prompts = ChatPrompts(tokenization, formats)
+        self._chat_grammars = ChatGrammars(tokenization.tokenizer, structured_output)
 
     async def chat(self, body: dict[str, Any], num_bytes: int) -> Call:
         """A call of ``/v1/chat/completions``. Raises ApiError."""
@@ -97,7 +99,7 @@ class Validator:
         max_tokens = _max_tokens(len(chat.token_ids), limit, None, spec, prompt_name, limit_name)
         return self._call(
             wire,
-            await self.structured_output.grammar_of(wire),
+            await self._chat_grammars.grammar_of(wire, chat),
             arrival=arrival,
             id_prefix=id_prefix,
             prompts=[Prompt(chat.token_ids)],
