@@ -45,6 +45,15 @@ class Usage:
         return shown
 
 
+def usage_so_far(call: Call, choice: Choice) -> Usage:
+    """What one choice of a call has cost up to now."""
+    return Usage(
+        prompt_tokens=len(call.prompt_of(choice.index).token_ids),
+        completion_tokens=choice.num_tokens,
+        cached_tokens=choice.num_cached_tokens,
+    )
+
+
 class AnswerForm(Protocol):
     """How an endpoint writes an answer. The methods but the last return whole events of a stream, or none."""
 
@@ -100,6 +109,7 @@ class Answer:
                 ),
                 RequestTimer(metrics, request),
                 None if syntax is None else OutputParser(syntax),
+                keeps_token_ids=call.shows_token_ids,
             )
             for index, request in enumerate(call.requests)
         ]

@@ -28,6 +28,9 @@ class Call:
         num_logprobs: alternatives shown with each token; None shows nothing.
         continues_prompt: whether the text goes on where the prompt ends, rather than begins anew.
         echo: whether the answer begins with its prompt.
+        has_running_usage: whether each chunk of a stream tells the usage so far.
+        num_prompt_logprobs: alternatives shown with each token of the prompt; None shows nothing.
+        shows_token_ids: whether the ids of the tokens, of prompt and answer, are part of the response.
         syntax: how the answers of a chat are taken apart into content, reasoning and calls of tools; None
             leaves them whole.
         is_scoring: whether only the prompt is wanted; the one token that the engine must generate is dropped.
@@ -47,6 +50,9 @@ class Call:
     num_logprobs: int | None
     continues_prompt: bool = False
     echo: bool = False
+    has_running_usage: bool = False
+    num_prompt_logprobs: int | None = None
+    shows_token_ids: bool = False
     is_scoring: bool = False
     syntax: OutputSyntax | None = None
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from server.answer import Usage
+from server.answer import Usage, usage_so_far
 from server.call import Call
 from server.choice import Choice
-from server.logprobs import chat_logprobs
+from server.logprobs import chat_logprobs, prompt_logprobs
 from server.parsing.deltas import (
     ContentDelta,
     Delta,
@@ -47,47 +47,22 @@ class ChatForm:
             self._head + b'{"index":%d,"delta":{"content":' % index for index in range(len(call.requests))
         ]
         self._after = b'},"logprobs":null,"finish_reason":null}' + self._tail
+        self._has_details = call.num_logprobs is not None or call.shows_token_ids or call.has_running_usage
 
     def first(self, choice: Choice) -> bytes:
-        return (
-            self._head
-            + b'{"index":%d,"delta":{"role":"assistant","content":""},"logprobs":null,"finish_reason":null}'
-            % choice.index
-            + self._tail
-        )
+        prompt = self._call.prompt_of(choice.index).token_ids if self._call.shows_token_ids else None
+        return self._chunk(choice, {"role": "assistant", "content": ""}, is_bare=True, prompt=prompt)
 
     def piece(self, choice: Choice, text: str) -> bytes:
         if self._call.syntax is not None:
             return self._parsed(choice)
-        if self._call.num_logprobs is None:
+        if not self._has_details:
             return self._before[choice.index] + _encode(text) + self._after
-        return b"".join(
-            (
-                self._before[choice.index],
-                _encode(text),
-                b'},"logprobs":',
-                self._logprobs(choice),
-                b',"finish_reason":null}',
-                self._tail,
-            )
-        )
+        return self._chunk(choice, {"content": text})
 
     def last(self, choice: Choice) -> bytes:
         parsed = b"" if self._call.syntax is None else self._parsed(choice)
-        # Tokens without text, such as the stop token, may have left logprobs over.
-        logprobs = b"null" if not choice.logprobs else self._logprobs(choice)
-        return b"".join(
-            (
-                parsed,
-                self._head,
-                b'{"index":%d,"delta":{},"logprobs":' % choice.index,
-                logprobs,
-                b',"finish_reason":',
-                _encode(choice.finish_reason),
-                b"}",
-                self._tail,
-            )
-        )
+        return parsed + self._chunk(choice, {}, choice.finish_reason)
 
     def end(self, usage: Usage) -> bytes:
         if not self._call.include_usage:
@@ -96,44 +71,65 @@ class ChatForm:
 
     def whole(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         call = self._call
-        has_logprobs = call.num_logprobs is not None
-        return _encode(
-            {
-                "id": call.id,
-                "object": "chat.completion",
-                "created": call.created,
-                "model": call.model,
-                "choices": [
-                    {
-                        "index": choice.index,
-                        "message": {"role": "assistant", **self._message(choice)},
-                        "logprobs": msgspec.Raw(self._logprobs(choice)) if has_logprobs else None,
-                        "finish_reason": choice.finish_reason,
-                    }
-                    for choice in choices
-                ],
-                "usage": usage.as_json(),
-                "system_fingerprint": self._fingerprint,
-            }
-        )
+        answer: dict[str, Any] = {
+            "id": call.id,
+            "object": "chat.completion",
+            "created": call.created,
+            "model": call.model,
+            "choices": [self._whole_choice(choice) for choice in choices],
+            "usage": usage.as_json(),
+            "system_fingerprint": self._fingerprint,
+        }
+        if call.shows_token_ids:
+            answer["prompt_token_ids"] = call.prompts[0].token_ids
+        if (num_top := call.num_prompt_logprobs) is not None:
+            records = choices[0].prompt_logprobs
+            answer["prompt_logprobs"] = prompt_logprobs(records, num_top, self._tokenizer)
+        return _encode(answer)
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        has_logprobs = self._call.num_logprobs is not None
+        shown: dict[str, Any] = {
+            "index": choice.index,
+            "message": {"role": "assistant", **self._message(choice)},
+            "logprobs": msgspec.Raw(self._logprobs(choice)) if has_logprobs else None,
+            "finish_reason": choice.finish_reason,
+        }
+        if self._call.shows_token_ids:
+            shown["token_ids"] = choice.take_token_ids()
+        return shown
 
     def _parsed(self, choice: Choice) -> bytes:
-        """A chunk for each delta; the first has the logprobs of all tokens since the last chunk."""
-        chunks: list[bytes] = []
-        for delta in choice.take_deltas():
-            if (shown := _shown(delta)) is None:
-                continue
-            has_logprobs = self._call.num_logprobs is not None and choice.logprobs
-            chunks += (
-                self._head,
-                b'{"index":%d,"delta":' % choice.index,
-                _encode(shown),
-                b',"logprobs":',
-                self._logprobs(choice) if has_logprobs else b"null",
-                b',"finish_reason":null}',
-                self._tail,
-            )
-        return b"".join(chunks)
+        """A chunk for each delta; the first has what belongs to all tokens since the last chunk."""
+        shown = [_shown(delta) for delta in choice.take_deltas()]
+        return b"".join([self._chunk(choice, delta) for delta in shown if delta is not None])
+
+    def _chunk(
+        self,
+        choice: Choice,
+        delta: dict[str, Any],
+        finish_reason: str | None = None,
+        *,
+        is_bare: bool = False,
+        prompt: tuple[int, ...] | None = None,
+    ) -> bytes:
+        """A chunk with what belongs to the tokens since the last one, unless it ``is_bare``."""
+        # Tokens without text, such as the stop token, have logprobs and ids too.
+        has_logprobs = self._call.num_logprobs is not None and bool(choice.logprobs) and not is_bare
+        shown: dict[str, Any] = {
+            "index": choice.index,
+            "delta": delta,
+            "logprobs": msgspec.Raw(self._logprobs(choice)) if has_logprobs else None,
+            "finish_reason": finish_reason,
+        }
+        if self._call.shows_token_ids:
+            shown["token_ids"] = None if is_bare else choice.take_token_ids()
+        tail = self._tail
+        if self._call.has_running_usage:
+            tail = b'],"usage":' + _encode(usage_so_far(self._call, choice).as_json()) + b"}\n\n"
+        if prompt is not None:
+            tail = b'],"prompt_token_ids":' + _encode(prompt) + tail[1:]
+        return self._head + _encode(shown) + tail
 
     def _message(self, choice: Choice) -> dict[str, Any]:
         syntax = self._call.syntax

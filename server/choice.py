@@ -31,8 +31,9 @@ class Choice:
     """
 
     __slots__ = (
-        "_deltas", "_detokenizer", "_parser", "_request", "_timer", "embedding", "finish_reason", "index",
-        "logprobs", "num_cached_tokens", "num_reasoning_tokens", "num_tokens", "prompt_logprobs",
+        "_deltas", "_detokenizer", "_keeps_token_ids", "_parser", "_request", "_timer", "_token_ids",
+        "embedding", "finish_reason", "index", "logprobs", "num_cached_tokens", "num_reasoning_tokens",
+        "num_tokens", "prompt_logprobs",
     )  # fmt: skip
 
     def __init__(
@@ -42,8 +43,16 @@ class Choice:
         detokenizer: IncrementalDetokenizer,
         timer: RequestTimer,
         parser: OutputParser | None = None,
+        *,
+        keeps_token_ids: bool = False,
     ) -> None:
-        """``parser`` takes the text apart, for ``take_deltas``; None leaves it as it is."""
+        """
+        Args:
+            parser: takes the text apart, for ``take_deltas``; None leaves it as it is.
+            keeps_token_ids: for ``take_token_ids``.
+        """
+        self._keeps_token_ids = keeps_token_ids
+        self._token_ids: list[int] = []
         self.index = index
         self._parser = parser
         self._deltas: list[Delta] = []
@@ -92,6 +101,8 @@ class Choice:
             if self._parser.num_calls and self.finish_reason == "stop":
                 self.finish_reason = "tool_calls"
         self.num_tokens += num_taken
+        if self._keeps_token_ids:
+            self._token_ids += token_ids[:num_taken]
         self.num_cached_tokens = output.num_cached_tokens or self.num_cached_tokens
         if output.logprobs is not None:
             self.logprobs += output.logprobs[:num_taken]
@@ -136,6 +147,11 @@ class Choice:
         """What the parser found since the last call or, without one, the text that came since."""
         return [ContentDelta(text)] if self._parser is None else self.take_deltas()
 
+    def take_token_ids(self) -> list[int]:
+        """The tokens since the last call, if they are kept."""
+        taken, self._token_ids = self._token_ids, []
+        return taken
+
     def take_logprobs(self) -> list[TokenLogprobs]:
         """The logprobs of the tokens since the last call."""
         taken, self.logprobs = self.logprobs, []
@@ -144,6 +160,7 @@ class Choice:
     def forget_generated(self) -> None:
         """Drops what was generated: only the prompt was wanted."""
         self.logprobs.clear()
+        self._token_ids.clear()
         self.num_tokens = 0
 
     @property

@@ -7,10 +7,10 @@ from typing import Any
 
 import msgspec
 
-from server.answer import Usage
+from server.answer import Usage, usage_so_far
 from server.call import Call
 from server.choice import Choice
-from server.logprobs import CompletionLogprobs, joined
+from server.logprobs import CompletionLogprobs, joined, prompt_logprobs
 from server.sse import DONE
 from server.tokenizer import Tokenizer
 
@@ -36,6 +36,10 @@ class CompletionForm:
             b',"index":%d,"logprobs":null,"finish_reason":null}' % index + self._tail
             for index in range(len(call.requests))
         ]
+        self._has_details = call.num_logprobs is not None or call.shows_token_ids or call.has_running_usage
+        self._tokenizer = tokenizer
+        # Shown once, with the first chunk of a choice.
+        self._prompt_ids = {index: call.prompt_of(index).token_ids for index in range(len(call.requests))}
         self._logprobs: list[CompletionLogprobs] = []
         if call.num_logprobs is not None:
             self._logprobs = [
@@ -50,9 +54,9 @@ class CompletionForm:
         return self._chunk(choice, self._prompt_text(choice), logprobs)
 
     def piece(self, choice: Choice, text: str) -> bytes:
-        if not self._logprobs:
+        if not self._has_details:
             return self._before + _encode(text) + self._after[choice.index]
-        return self._chunk(choice, text, self._generated_logprobs(choice))
+        return self._chunk(choice, text, self._generated_logprobs(choice) if self._logprobs else None)
 
     def last(self, choice: Choice) -> bytes:
         # Tokens without text, such as the stop token, may have left logprobs over.
@@ -76,13 +80,27 @@ class CompletionForm:
                     logprobs = self._prompt_logprobs(choice)
                 generated = self._generated_logprobs(choice)
                 logprobs = generated if logprobs is None else joined(logprobs, generated)
-            shown.append(_choice(choice, text, logprobs, choice.finish_reason))
+            whole = _choice(choice, text, logprobs, choice.finish_reason)
+            if self._call.shows_token_ids:
+                whole["token_ids"] = choice.take_token_ids()
+                whole["prompt_token_ids"] = self._prompt_ids[choice.index]
+            if (num_top := self._call.num_prompt_logprobs) is not None:
+                records = choice.prompt_logprobs
+                whole["prompt_logprobs"] = prompt_logprobs(records, num_top, self._tokenizer)
+            shown.append(whole)
         return _encode({**self._identity, "choices": shown, "usage": usage.as_json()})
 
     def _chunk(
         self, choice: Choice, text: str, logprobs: dict[str, Any] | None, finish_reason: str | None = None
     ) -> bytes:
-        return self._head + _encode(_choice(choice, text, logprobs, finish_reason)) + self._tail
+        shown = _choice(choice, text, logprobs, finish_reason)
+        if self._call.shows_token_ids:
+            shown["token_ids"] = choice.take_token_ids()
+            shown["prompt_token_ids"] = self._prompt_ids.pop(choice.index, None)
+        tail = self._tail
+        if self._call.has_running_usage:
+            tail = b'],"usage":' + _encode(usage_so_far(self._call, choice).as_json()) + b"}\n\n"
+        return self._head + _encode(shown) + tail
 
     def _prompt_text(self, choice: Choice) -> str:
         return self._call.prompt_of(choice.index).text or ""

@@ -31,6 +31,30 @@ def _chat_token(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str
     return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, _LEAST), "bytes": list(data)}
 
 
+def prompt_logprobs(
+    records: Sequence[TokenLogprobs], num_top: int, tokenizer: Tokenizer
+) -> list[dict[str, dict[str, Any]] | None]:
+    """vLLM's form: for each token of a prompt, by id, the token itself and the ``num_top`` most likely ones
+    in its place. The first token follows nothing, so that it has no probabilities.
+    """
+
+    def shown(token_id: int, logprob: float, rank: int) -> dict[str, Any]:
+        text = tokenizer.token_text(token_id)
+        return {"logprob": max(logprob, _LEAST), "rank": rank, "decoded_token": text}
+
+    return [
+        None,
+        *(
+            {str(record.token_id): shown(record.token_id, record.logprob, record.rank)}
+            | {
+                str(token_id): shown(token_id, logprob, rank)
+                for rank, (token_id, logprob) in enumerate(record.top[:num_top], 1)
+            }
+            for record in records
+        ),
+    ]
+
+
 class CompletionLogprobs:
     """The older form: parallel lists, with the place of each token in the text of the choice.
 

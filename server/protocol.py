@@ -26,6 +26,7 @@ MAX_STOP_CHARS = 1024
 MAX_LOGPROBS = 20
 MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 256
+MAX_BAD_WORDS = 64
 MAX_MESSAGES = 16_384
 MAX_TOOLS = 128
 MAX_TOOL_NAME_CHARS = 64
@@ -79,6 +80,7 @@ def _tag_of_prompt(value: Any) -> str | None:
 Number = Annotated[float, Field(allow_inf_nan=False), AfterValidator(_not_negative_zero)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT_TOKENS, fail_fast=True)]
+_BadWord = Annotated[str, Field(min_length=1, max_length=64)]
 StopString = Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARS)]
 
 
@@ -178,6 +180,7 @@ def _tag_of_choice(value: Any) -> str | None:
 
 class StreamOptions(WireModel):
     include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
 
 
 class ModelFields(WireModel):
@@ -241,6 +244,15 @@ class SamplingFields(ModelFields):
     ignore_eos: bool | None = None
     min_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
     skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    bad_words: Annotated[list[_BadWord], Field(max_length=MAX_BAD_WORDS, fail_fast=True)] | None = None
+    allowed_token_ids: (
+        Annotated[list[TokenId], Field(min_length=1, max_length=MAX_LOGIT_BIAS, fail_fast=True)] | None
+    ) = None
+    prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
+    truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
+    return_token_ids: bool | None = None
+    request_id: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")] | None = None
     priority: Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
     response_format: ResponseFormat | None = None
@@ -278,6 +290,7 @@ class CompletionRequest(SamplingFields):
     max_tokens: Annotated[int, Field(ge=0, le=INT64_MAX)] | None = None
     logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     echo: bool | None = None
+    add_special_tokens: bool | None = None
 
 
 class TokenizeCompletionRequest(ModelFields):

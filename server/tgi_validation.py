@@ -5,13 +5,14 @@ from __future__ import annotations
 import time
 
 from server.call import Call
+from server.context import far_too_long, max_context
 from server.engine_protocol import EngineClient
 from server.errors import InvalidRequestError
 from server.protocol import MAX_PROMPT_TOKENS, CompletionRequest, GenerateParameters, GenerateRequest
 from server.structured_output import tgi_constraint
 from server.tokenization import TextTooLongError, Tokenization
 from server.tokenizer import InvalidTextError
-from server.validation import Validator, far_too_long, max_context
+from server.validation import Validator
 
 _DEFAULT_MAX_NEW_TOKENS = 100
 

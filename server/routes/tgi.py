@@ -11,6 +11,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
 from server.answer import Answer
+from server.context import max_context
 from server.errors import ApiError
 from server.guard import api_error
 from server.protocol import MAX_STOP_STRINGS, GenerateParameters, GenerateRequest
@@ -18,7 +19,6 @@ from server.service import VERSION, service_of, while_connected
 from server.sse import EventStream
 from server.tgi_form import TgiError, TgiForm
 from server.tgi_validation import generate_call
-from server.validation import max_context
 
 router = APIRouter()
 
