@@ -65,6 +65,36 @@ def test_a_form_for_the_text(client: Anthropic) -> None:
     assert json.loads(message.content[0].text)["country"] in ("France", "Italy")
 
 
+def test_a_tool_is_called_and_its_result_read(client: Anthropic) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    ask = {
+        "model": MODEL,
+        "max_tokens": 60,
+        "tools": [{"name": "get_weather", "description": "Weather of a city.", "input_schema": schema}],
+        "extra_body": GREEDY,
+    }
+    messages = [{"role": "user", "content": "What is the weather in Rome?"}]
+    with client.messages.stream(**ask, messages=messages, tool_choice={"type": "any"}) as stream:
+        message = stream.get_final_message()
+    [call] = message.content
+    assert message.stop_reason == "tool_use"
+    assert call.type == "tool_use"
+    assert call.name == "get_weather"
+    assert call.input["city"] in ("Paris", "Rome")
+    result = {"type": "tool_result", "tool_use_id": call.id, "content": "Sunny, 25 degrees."}
+    messages += [
+        {"role": "assistant", "content": [call.model_dump(exclude_none=True)]},
+        {"role": "user", "content": [result]},
+    ]
+    answer = client.messages.create(**ask, messages=messages, tool_choice={"type": "none"})
+    assert [block.type for block in answer.content] == ["text"]
+
+
 async def test_async_streams_run_together(server: ServerProcess) -> None:
     async with AsyncAnthropic(base_url=server.url, api_key="none", max_retries=0) as client:
 

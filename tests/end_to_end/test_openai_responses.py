@@ -81,6 +81,35 @@ def test_a_form_for_the_text(client: OpenAI) -> None:
         assert stream.get_final_response().output_parsed == parsed.output_parsed
 
 
+def test_a_function_is_called(client: OpenAI) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"city": {"enum": ["Paris", "Rome"]}},
+        "required": ["city"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "name": "get_weather", "parameters": schema, "strict": True}
+    response = client.responses.create(
+        model=MODEL,
+        input="What is the weather in Rome?",
+        tools=[tool],
+        tool_choice="required",
+        temperature=0,
+        max_output_tokens=60,
+    )
+    call = response.output[0]
+    assert call.type == "function_call"
+    assert json.loads(call.arguments)["city"] in ("Paris", "Rome")
+    follow = client.responses.create(
+        model=MODEL,
+        previous_response_id=response.id,
+        input=[{"type": "function_call_output", "call_id": call.call_id, "output": "Sunny."}],
+        temperature=0,
+        max_output_tokens=20,
+    )
+    assert follow.output_text
+
+
 async def test_async_stream(server: ServerProcess) -> None:
     async with AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         events = [
