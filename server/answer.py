@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from scheduler.messages import FinishReason
+from server.admission import Admission
 from server.api_keys import cache_scope
 from server.call import Call
 from server.choice import Choice
@@ -85,7 +86,13 @@ class Answer:
     """
 
     def __init__(
-        self, call: Call, engine: EngineClient, tokenizer: Tokenizer, metrics: Metrics, form: AnswerForm
+        self,
+        call: Call,
+        engine: EngineClient,
+        admission: Admission,
+        tokenizer: Tokenizer,
+        metrics: Metrics,
+        form: AnswerForm,
     ) -> None:
         call = call.scoped(cache_scope.get())
         self._call = call
@@ -93,7 +100,8 @@ class Answer:
         syntax = call.syntax
         # Control tokens that set off calls and reasoning are for the parser, which takes them out.
         shown = frozenset[int]() if syntax is None else tokenizer.control_token_ids(syntax.markers)
-        self._streams = EngineStreams(engine, call.requests)
+        self._admission = admission
+        self._streams = EngineStreams(engine, admission, call.requests)
         self._choices = [
             Choice(
                 index,
@@ -147,33 +155,34 @@ class Answer:
         choices, is_scoring = self._choices, self._call.is_scoring
         running = set(range(len(choices)))
         reason_of_unfinished = FinishReason.ABORT
-        try:
-            async with aclosing(self._streams.batches()) as batches:
-                async for batch in batches:
-                    now = time.monotonic()
-                    texts = []
-                    for index, output in batch:
-                        if index not in running:
-                            continue  # came after a stop string
-                        choice = choices[index]
-                        text = choice.push(output, now)
-                        if is_scoring:
-                            text = ""
-                            choice.forget_generated()
-                        is_last = choice.finish_reason is not None
-                        texts.append((choice, text, is_last))
-                        if is_last:
-                            running.discard(index)
-                            self._streams.close(index)
-                    yield texts
-                    if not running:
-                        return
-        except Exception:
-            reason_of_unfinished = FinishReason.ERROR
-            raise
-        finally:
-            for choice in choices:
-                choice.abandon(reason_of_unfinished, time.monotonic())
+        with self._admission.admit(self._call.requests):
+            try:
+                async with aclosing(self._streams.batches()) as batches:
+                    async for batch in batches:
+                        now = time.monotonic()
+                        texts = []
+                        for index, output in batch:
+                            if index not in running:
+                                continue  # came after a stop string
+                            choice = choices[index]
+                            text = choice.push(output, now)
+                            if is_scoring:
+                                text = ""
+                                choice.forget_generated()
+                            is_last = choice.finish_reason is not None
+                            texts.append((choice, text, is_last))
+                            if is_last:
+                                running.discard(index)
+                                self._streams.close(index)
+                        yield texts
+                        if not running:
+                            return
+            except Exception:
+                reason_of_unfinished = FinishReason.ERROR
+                raise
+            finally:
+                for choice in choices:
+                    choice.abandon(reason_of_unfinished, time.monotonic())
 
     def _usage(self) -> Usage:
         first_choices = self._choices[:: self._call.n]

@@ -7,6 +7,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response
 
+from server.admission import Admission
 from server.config import ServerConfig
 from server.cors import Cors
 from server.engine_protocol import EngineClient
@@ -59,7 +60,9 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
     # No documentation pages: they load scripts from elsewhere.
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     store = ResponseMemory() if config.responses_db is None else ResponseDatabase(config.responses_db)
-    app.state.service = Service(config, engine, tokenization, metrics, validator, store, check)
+    admission = Admission(config, engine)
+    metrics.admission = admission
+    app.state.service = Service(config, engine, admission, tokenization, metrics, validator, store, check)
     for routes in (
         chat,
         completions,

@@ -296,6 +296,41 @@ class ServerConfig:
         group="scheduling",
         metavar="TOKENS",
     )
+    max_queued_requests: int | None = _flag(
+        None,
+        _integer(1),
+        "sequences that wait for the engine at most, others get 429 (default: 4 times --max-num-seqs)",
+        group="scheduling",
+        metavar="N",
+    )
+    max_queued_tokens: int | None = _flag(
+        None,
+        _integer(1),
+        "tokens of their prompts at most (default: 128 times --max-num-batched-tokens)",
+        group="scheduling",
+        metavar="TOKENS",
+    )
+    max_requests_per_key: int | None = _flag(
+        None,
+        _integer(1),
+        "requests of one key that run or wait at a time; without keys, of all (default: no limit)",
+        group="scheduling",
+        metavar="N",
+    )
+    queue_timeout: int = _flag(
+        60,
+        _integer(0),
+        "seconds that a request may wait for the engine; 0 is for ever",
+        group="scheduling",
+        metavar="SECONDS",
+    )
+    request_timeout: int = _flag(
+        0,
+        _integer(0),
+        "seconds that an answer may take in all (default: 0, no limit)",
+        group="scheduling",
+        metavar="SECONDS",
+    )
     threads: int | None = _flag(
         None, _integer(1), "CPU threads of the engine (default: the cores it may use)", group="scheduling",
         metavar="N",

@@ -213,6 +213,12 @@ class ZmqEngineClient:
         if self._is_ready and self._connection is not None:
             self._connection.send(Kind.ABORT, request_id)
 
+    def fail(self, request_id: str, error: ApiError) -> None:
+        """Ends a request and its stream with an error; one that has ended already is no error."""
+        stream = self._streams.get(request_id)
+        if stream is not None and not (stream.has_ended or stream.has_failed):
+            stream.fail(error)
+
     async def _supervise(self) -> None:
         ends: deque[float] = deque(maxlen=_MAX_RESTARTS)
         while True:

@@ -6,6 +6,7 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from scheduler.messages import EngineOutput, EngineStats, ExecutorSpec, Request
+from server.errors import ApiError
 from server.histogram import Histogram
 
 
@@ -44,4 +45,8 @@ class EngineClient(Protocol):
 
     def abort(self, request_id: str) -> None:
         """Ends a request in the engine; one that has ended already is no error."""
+        ...
+
+    def fail(self, request_id: str, error: ApiError) -> None:
+        """Ends a request and its stream with an error; one that has ended already is no error."""
         ...

@@ -7,16 +7,19 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 
 from scheduler.messages import EngineOutput, Request
+from server.admission import Admission
 from server.engine_protocol import EngineClient
 
 Batch = list[tuple[int, EngineOutput]]
 
 
 class EngineStreams:
-    """Sends requests to the engine and hands out what comes back; what arrived together comes together."""
+    """Sends requests to the engine, each when it is its turn, and hands out what comes back; what arrived
+    together comes together."""
 
-    def __init__(self, engine: EngineClient, requests: Sequence[Request]) -> None:
+    def __init__(self, engine: EngineClient, admission: Admission, requests: Sequence[Request]) -> None:
         self._engine = engine
+        self._admission = admission
         self._requests = requests
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -26,6 +29,7 @@ class EngineStreams:
 
         Raises:
             EngineDeadError: the engine does not take a request.
+            QueueTimeoutError, DeadlineError: it took too long.
         """
         return self._one() if len(self._requests) == 1 else self._many()
 
@@ -35,8 +39,14 @@ class EngineStreams:
             self._tasks[index].cancel()
 
     async def _one(self) -> AsyncGenerator[Batch, None]:
-        async with aclosing(self._engine.generate(self._requests[0])) as outputs:
+        request = self._requests[0]
+        await self._admission.turn(request.request_id)
+        async with aclosing(self._engine.generate(request)) as outputs:
+            has_begun = False
             async for output in outputs:
+                if not has_begun:
+                    has_begun = True
+                    self._admission.begin(request.request_id)
                 yield [(0, output)]
 
     async def _many(self) -> AsyncGenerator[Batch, None]:
@@ -46,13 +56,17 @@ class EngineStreams:
 
         async def pump(index: int, request: Request) -> None:
             try:
+                await self._admission.turn(request.request_id)
                 async with aclosing(self._engine.generate(request)) as outputs:
                     async for output in outputs:
+                        self._admission.begin(request.request_id)
                         batch.append((index, output))
                         arrived.set()
             except Exception as error:
                 failures.append(error)
                 arrived.set()
+            finally:
+                self._admission.end(request.request_id)
 
         self._tasks = [
             asyncio.create_task(pump(index, request)) for index, request in enumerate(self._requests)

@@ -6,6 +6,7 @@ never holds a traceback, a path, an address, or more of the client's own text th
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from http import HTTPStatus
 
@@ -177,6 +178,65 @@ class EngineDeadError(ApiError):
 
     def __str__(self) -> str:
         return self.reason
+
+
+class OverloadedError(ApiError):
+    """The line in front of the engine is full, or one key has its share.
+
+    Args:
+        reason: which bound: ``requests``, ``tokens`` or ``key``.
+        limit, remaining: of the bound.
+        wait: seconds after which another try makes sense.
+    """
+
+    status = 429
+
+    def __init__(self, reason: str, limit: int, remaining: int, wait: float) -> None:
+        kind = "tokens" if reason == "tokens" else "requests"
+        if reason == "key":
+            message = (
+                f"Your key has {limit} requests running, which is its limit. Wait until one is finished."
+            )
+        else:
+            message = "The server has as many requests waiting as it takes. Try again a little later."
+        super().__init__(
+            message,
+            code="rate_limit_exceeded" if reason == "key" else "server_overloaded",
+            headers={
+                **_retry_headers(wait),
+                f"x-ratelimit-limit-{kind}": str(limit),
+                f"x-ratelimit-remaining-{kind}": str(remaining),
+                f"x-ratelimit-reset-{kind}": f"{wait:.1f}s",
+            },
+        )
+        self.type = kind
+
+
+class QueueTimeoutError(ApiError):
+    """A request waited for the engine as long as it may."""
+
+    status = 503
+    default_code = "queue_timeout"
+
+    def __init__(self, wait: float) -> None:
+        super().__init__("The server is too busy to begin with this request.", headers=_retry_headers(wait))
+
+
+class DeadlineError(ApiError):
+    """An answer took longer than the operator allows; another try would too."""
+
+    status = 504
+    default_code = "request_timeout"
+
+    def __init__(self, seconds: float) -> None:
+        super().__init__(
+            f"The answer took longer than {seconds} s, which is this server's limit. Ask for fewer tokens.",
+            headers={"x-should-retry": "false"},
+        )
+
+
+def _retry_headers(wait: float) -> dict[str, str]:
+    return {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(int(wait * 1000))}
 
 
 class ShuttingDownError(ApiError):

@@ -17,6 +17,7 @@ from prometheus_client.process_collector import ProcessCollector
 from prometheus_client.registry import Collector
 
 from scheduler.messages import EngineOutput, FinishReason, Request
+from server.admission import Admission
 from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
 from server.grammar_check import GrammarCheck
@@ -52,6 +53,7 @@ class Metrics(Collector):
         self._labels = {"model_name": model_name, "engine": "0"}
         self._engine = engine
         self.grammar_check: GrammarCheck | None = None
+        self.admission: Admission | None = None
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self._finished: Counter[FinishReason] = Counter(dict.fromkeys(FinishReason, 0))
@@ -100,7 +102,10 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats
         yield self._gauge("num_requests_running", "Requests in the running batch.", stats.num_running)
-        yield self._gauge("num_requests_waiting", "Requests waiting to be scheduled.", stats.num_waiting)
+        num_in_line = self.admission.num_waiting if self.admission else 0
+        yield self._gauge(
+            "num_requests_waiting", "Requests waiting to be scheduled.", num_in_line + stats.num_waiting
+        )
         yield self._gauge(
             "kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all.", stats.kv_cache_usage
         )

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 
+from server.admission import Admission
 from server.answer import Answer, AnswerForm
 from server.background_responses import BackgroundResponses
 from server.call import Call
@@ -40,6 +41,7 @@ class Service:
 
     config: ServerConfig
     engine: EngineClient
+    admission: Admission
     tokenization: Tokenization
     metrics: Metrics
     validator: Validator
@@ -55,7 +57,9 @@ class Service:
         return "fp_" + hashlib.sha256(identity.encode()).hexdigest()[:10]
 
     async def read(self, request: Request) -> tuple[dict[str, Any], int]:
-        """The body of a request and its length. Raises ApiError, also if the engine takes no requests."""
+        """The body of a request and its length. Raises ApiError, also if no request would be taken now."""
+        if self.engine.is_ready:  # otherwise it may not be known what it takes
+            self.admission.check()
         body, num_bytes = await read_json_object(request)
         if not self.engine.is_ready:
             raise EngineDeadError("the engine is not ready")
@@ -68,7 +72,7 @@ class Service:
         self.grammar_check.close()
 
     def answer_to(self, call: Call, form: AnswerForm) -> Answer:
-        return Answer(call, self.engine, self.tokenization.tokenizer, self.metrics, form)
+        return Answer(call, self.engine, self.admission, self.tokenization.tokenizer, self.metrics, form)
 
     async def answer(
         self,

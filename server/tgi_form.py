@@ -12,7 +12,14 @@ from server.answer import Usage
 from server.call import Call
 from server.choice import Choice
 from server.detokenizer import IncrementalDetokenizer
-from server.errors import ApiError, EngineDeadError, ShuttingDownError, UnsupportedParameterError
+from server.errors import (
+    ApiError,
+    EngineDeadError,
+    OverloadedError,
+    QueueTimeoutError,
+    ShuttingDownError,
+    UnsupportedParameterError,
+)
 from server.protocol import GenerateParameters
 from server.tokenizer import Tokenizer
 
@@ -33,7 +40,7 @@ class TgiError(ApiError):
         if error.status == 400 and not isinstance(error, UnsupportedParameterError):
             self.status = 422
         self.type = "generation"
-        if isinstance(error, (EngineDeadError, ShuttingDownError)):
+        if isinstance(error, (EngineDeadError, OverloadedError, QueueTimeoutError, ShuttingDownError)):
             self.type = "overloaded"
         elif error.status < 500:
             self.type = "validation"

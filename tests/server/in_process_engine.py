@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator, Callable, Iterable
 from scheduler.engine_core import EngineCore
 from scheduler.hashing_executor import HashingExecutor
 from scheduler.messages import EngineOutput, EngineStats, ExecutorSpec, FinishReason, Request
-from server.errors import EngineDeadError
+from server.errors import ApiError, EngineDeadError
 from server.histogram import STEP_TOKENS_BUCKETS, Histogram
 
 SPEC = ExecutorSpec(
@@ -58,6 +58,9 @@ class ScriptedEngine:
     def abort(self, request_id: str) -> None:
         self.aborted.append(request_id)
 
+    def fail(self, request_id: str, error: ApiError) -> None:
+        raise AssertionError("a script fails by itself")
+
 
 def tokens(
     *steps: Iterable[int], finish: FinishReason = FinishReason.LENGTH, cached: int = 0
@@ -91,7 +94,8 @@ class HashingEngine:
         self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
         self.is_ready = True
         self._steps_at_once = steps_at_once
-        self._queues: dict[str, asyncio.Queue[EngineOutput]] = {}
+        self.pause = 0.0  # seconds between steps
+        self._queues: dict[str, asyncio.Queue[EngineOutput | ApiError]] = {}
         self._stepping: asyncio.Task[None] | None = None
 
     @property
@@ -107,6 +111,8 @@ class HashingEngine:
         try:
             while not is_finished:
                 output = await queue.get()
+                if isinstance(output, ApiError):
+                    raise output
                 is_finished = output.finish_reason is not None
                 yield output
         finally:
@@ -117,10 +123,14 @@ class HashingEngine:
     def abort(self, request_id: str) -> None:
         self.core.abort(request_id)
 
+    def fail(self, request_id: str, error: ApiError) -> None:
+        if request_id in self._queues:
+            self._queues[request_id].put_nowait(error)
+
     async def _step(self) -> None:
         while self.core.has_work:
             for _ in range(self._steps_at_once):
                 for output in self.core.step().outputs:
                     if output.request_id in self._queues:
                         self._queues[output.request_id].put_nowait(output)
-            await asyncio.sleep(0)
+            await asyncio.sleep(self.pause)

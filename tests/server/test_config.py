@@ -57,6 +57,11 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "block_size": ("32", 32),
         "max_num_seqs": ("5", 5),
         "max_num_batched_tokens": ("6", 6),
+        "max_queued_requests": ("7", 7),
+        "max_queued_tokens": ("8", 8),
+        "max_requests_per_key": ("9", 9),
+        "queue_timeout": ("10", 10),
+        "request_timeout": ("11", 11),
         "threads": ("1", 1),
     }
     assert set(values) == set(ServerConfig.__dataclass_fields__)
