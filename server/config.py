@@ -238,6 +238,14 @@ class ServerConfig:
         group="server",
         metavar="PREFIX",
     )
+    pre_stop_seconds: int = _flag(
+        0,
+        _integer(0),
+        "seconds after SIGTERM in which requests are still taken, while /health/ready says 503 already, for "
+        "load balancers to notice",
+        group="server",
+        metavar="SECONDS",
+    )
     shutdown_timeout: int = _flag(
         30,
         _integer(0),

@@ -26,6 +26,7 @@ from server.config import ServerConfig
 from server.errors import ApiError, EngineDeadError, InternalError
 from server.histogram import STEP_TOKENS_BUCKETS, Histogram
 from server.transport import ApiEnd, Kind, Progress, Ready, Start, TransportError, private_address
+from server.watchdog import Watchdog
 
 _log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ _RESTART_WINDOW_S = 120.0
 _QUIT_GRACE_S = 5.0
 _MAX_DEATHS = 2
 _RETRY_S = 0.5
+_WATCH_EVERY_S = 0.5
 # glibc asks the kernel for huge pages: a decode step on a CPU reads all weights, and spends a tenth less.
 _ENGINE_ENVIRONMENT = {"GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
@@ -124,7 +126,8 @@ class ZmqEngineClient:
 
     An engine that dies is started again at once, and gets what it was working on with the tokens so far:
     greedy and seeded streams go on with the tokens that they would have had, and clients see a pause. A
-    request that ``_MAX_DEATHS`` engines died with may be what kills them: it ends with an error.
+    request that ``_MAX_DEATHS`` engines died with may be what kills them: it ends with an error. An engine
+    whose step takes too long is not ready, and ended if that goes on.
 
     Args:
         module: what the engine process runs; it gets the address of the line and our process id.
@@ -152,7 +155,10 @@ class ZmqEngineClient:
         self._spec: ExecutorSpec | None = None
         self._vocabulary: Vocabulary | None = None
         self._is_ready = False
+        self._watchdog = Watchdog()
+        self._is_late = False
         self._failure: str | None = None
+        self.num_restarts = 0
         self.stats = EngineStats()
         self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
 
@@ -165,7 +171,7 @@ class ZmqEngineClient:
 
     @property
     def is_ready(self) -> bool:
-        return self._is_ready
+        return self._is_ready and not self._is_late
 
     def start(self) -> None:
         """Starts the engine process; returns at once."""
@@ -194,6 +200,8 @@ class ZmqEngineClient:
         """
         if not self._is_ready or self._connection is None:
             raise EngineDeadError(self._failure or "the engine is not ready")
+        if not self._has_work:
+            self._watchdog.started_work()
         stream = self._streams[request.request_id] = _Stream(request)
         is_finished = False
         try:
@@ -237,6 +245,7 @@ class ZmqEngineClient:
                 self._on_failure(reason)
                 return
             ends.append(now)
+            self.num_restarts += 1
             _log.error("the engine process ended (%s); starting it again", reason)
 
     async def _run_once(self) -> str:
@@ -250,6 +259,7 @@ class ZmqEngineClient:
             self._connection = connection
             reader = asyncio.create_task(self._read(connection))
             exited = asyncio.create_task(process.wait())
+            watching = asyncio.create_task(self._watch(process))
             try:
                 connection.send(Kind.START, self._start_message)
                 if self._vocabulary is not None:
@@ -258,10 +268,14 @@ class ZmqEngineClient:
                 self._is_ready = False
                 # What the engine still had to say is in the socket: let it be read.
                 await asyncio.wait((reader,), timeout=0.5)
+                if watching.done():
+                    return "its step took too long"
                 return str(reader.exception()) if reader.done() else _described_exit(process.returncode)
             finally:
                 self._connection = None
+                self._is_late = False
                 reader.cancel()
+                watching.cancel()
                 if process.returncode is None and self._is_ready:  # one that is loading does not listen
                     connection.send(Kind.QUIT)
                     with contextlib.suppress(TimeoutError):
@@ -270,16 +284,35 @@ class ZmqEngineClient:
                     process.kill()
                 await exited
 
+    @property
+    def _has_work(self) -> bool:
+        return any(stream.is_submitted for stream in self._streams.values())
+
+    async def _watch(self, process: asyncio.subprocess.Process) -> None:
+        """Ends an engine that does not get on."""
+        while True:
+            await asyncio.sleep(_WATCH_EVERY_S)
+            has_work = self._is_ready and self._has_work
+            is_late = self._watchdog.is_late(has_work)
+            if is_late != self._is_late:
+                self._is_late = is_late
+                _log.warning("the engine %s", "does not get on" if is_late else "gets on again")
+            if self._watchdog.is_hung(has_work):
+                process.kill()
+                return
+
     async def _read(self, connection: ApiEnd) -> NoReturn:
         while True:
             kind, body = await connection.receive()
             if kind is Kind.OUTPUTS:
+                self._watchdog.heard()
                 self._dispatch(body)
             elif kind is Kind.PROGRESS:
                 self._on_progress(body)
             elif kind is Kind.READY:
                 self._spec = body.spec
                 self._is_ready = True
+                self._watchdog.started_work()
                 self._resume_streams(connection)
                 self._on_ready(body)
             elif kind is Kind.FAILED:

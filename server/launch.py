@@ -30,6 +30,8 @@ from server.model_source import ModelSource, find_model
 if TYPE_CHECKING:
     import uvicorn
 
+    from server.service import Service
+
 _log = logging.getLogger(__name__)
 # A client that takes nothing for so long is gone, as ``sse`` sees it too: the kernel drops what waits for it.
 # Without this, a closed connection would wait for ever to send its rest to a client that reads no more.
@@ -201,8 +203,9 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         )
         # uvicorn's own handlers raise the signal again once all is done, and the exit status with it.
         server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
+        ending = _Ending(server, app.state.service, config)
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, _end, server, config.shutdown_timeout)
+            loop.add_signal_handler(number, ending.signal, number)
         watcher = asyncio.create_task(_exit_on(failed, server))
         await server.serve(sockets=[listener])
         watcher.cancel()
@@ -213,13 +216,29 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         raise LaunchError(failures[0])
 
 
-def _end(server: uvicorn.Server, seconds: int) -> None:
-    """Lets requests finish at the first signal, and ends them at the second."""
-    if server.should_exit:
-        server.force_exit = True
-        return
-    server.should_exit = True
-    _log.info("shutting down: requests have %d s to finish; a second signal ends them now", seconds)
+class _Ending:
+    """What signals do: the first lets requests finish, the second ends them."""
+
+    def __init__(self, server: uvicorn.Server, service: Service, config: ServerConfig) -> None:
+        self._server = server
+        self._service = service
+        self._config = config
+
+    def signal(self, number: int) -> None:
+        if self._service.is_draining:
+            self._server.should_exit = self._server.force_exit = True
+            return
+        self._service.is_draining = True
+        # ^C is no load balancer's.
+        window = self._config.pre_stop_seconds if number == signal.SIGTERM else 0
+        _log.info(
+            "shutting down: requests have %d s to finish; a second signal ends them now",
+            window + self._config.shutdown_timeout,
+        )
+        asyncio.get_running_loop().call_later(window, self._close)
+
+    def _close(self) -> None:
+        self._server.should_exit = True
 
 
 async def _exit_on(failed: asyncio.Event, server: uvicorn.Server) -> None:

@@ -37,7 +37,11 @@ VERSION = importlib.metadata.version("inflightd")
 
 @dataclass
 class Service:
-    """The parts that answer requests, and how they work together."""
+    """The parts that answer requests, and how they work together.
+
+    Attributes:
+        is_draining: whether the server is about to end, and wants no more requests sent to it.
+    """
 
     config: ServerConfig
     engine: EngineClient
@@ -48,6 +52,7 @@ class Service:
     responses: ResponseStore
     grammar_check: GrammarCheck
     background: BackgroundResponses = field(default_factory=BackgroundResponses)
+    is_draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
     @cached_property

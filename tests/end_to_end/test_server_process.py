@@ -111,6 +111,30 @@ def test_streams_go_on_when_the_engine_dies(smollm2_path: Path) -> None:
         os.kill(engine, 0)
 
 
+def test_a_server_that_is_told_to_end_says_so_goes_on_for_a_while_and_ends_streams_with_an_error(
+    smollm2_path: Path,
+) -> None:
+    flags = ("--max-model-len", "2048", "--pre-stop-seconds", "2", "--shutdown-timeout", "1")
+    with (
+        ServerProcess(*flags) as server,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}) as response,
+    ):
+        lines = response.iter_lines()
+        next(lines)
+        server.process.send_signal(signal.SIGTERM)
+        deadline = time.monotonic() + 1
+        while (ready := httpx.get(f"{server.url}/health/ready")).status_code != 503:
+            assert time.monotonic() < deadline
+        assert ready.headers["retry-after"]
+        assert httpx.get(f"{server.url}/health/live").status_code == 200
+        late = httpx.post(f"{server.url}/v1/completions", json=LONG | {"max_tokens": 2})
+        assert late.json()["usage"]["completion_tokens"] == 2
+        data = [line.removeprefix("data: ") for line in lines if line.startswith("data: ")]
+        assert json.loads(data[-1])["error"]["code"] == "shutting_down"
+        server.process.wait(5)
+    assert server.process.returncode == 0
+
+
 def test_a_second_signal_ends_what_the_first_lets_finish(smollm2_path: Path) -> None:
     with (
         ServerProcess("--max-model-len", "2048") as server,

@@ -50,6 +50,7 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "max_body_bytes": ("1MiB", 2**20),
         "metrics_prefix": ("vllm:", "vllm"),
         "chat_page": ("off", "off"),
+        "pre_stop_seconds": ("2", 2),
         "shutdown_timeout": ("3", 3),
         "log_level": ("debug", "debug"),
         "kv_cache_bytes": ("2G", 2 * 10**9),

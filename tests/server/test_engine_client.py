@@ -7,12 +7,15 @@ import contextlib
 import os
 import signal
 import tempfile
+import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import aclosing
 from pathlib import Path
 
 import pytest
 
+import server.engine_client
+import server.watchdog
 from scheduler.hashing_executor import HashingExecutor, run_alone
 from scheduler.messages import EngineOutput, FinishReason, Request, SamplingParams
 from server.config import ServerConfig
@@ -223,3 +226,81 @@ async def test_an_engine_that_is_loading_is_stopped_at_once() -> None:
         assert watched.stages == [Progress("weights", 1, 100)]
         async with asyncio.timeout(2):
             await watched.client.stop()
+
+
+@pytest.fixture
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(server.watchdog, "_LATE_S", 0.3)
+    monkeypatch.setattr(server.watchdog, "_HUNG_S", 1.5)
+    monkeypatch.setattr(server.engine_client, "_WATCH_EVERY_S", 0.05)
+
+
+@pytest.mark.usefixtures("_impatient")
+async def test_an_engine_that_stands_still_is_not_ready_until_it_goes_on() -> None:
+    asked = Request("r", (1, 0), SamplingParams(seed=3, max_tokens=60))
+    wide = HashingExecutor(num_blocks=64, block_size=4, vocab_size=2).spec
+    async with started() as watched:
+        client = watched.client
+        outputs = client.generate(asked)
+        tokens = list((await anext(outputs)).token_ids)
+        os.kill(watched.process_ids[-1], signal.SIGSTOP)
+        try:
+            await until(lambda: not client.is_ready, seconds=1.4)
+        finally:
+            os.kill(watched.process_ids[-1], signal.SIGCONT)
+        tokens += [token async for output in outputs for token in output.token_ids]
+        assert tokens == run_alone(asked, wide)[0]
+        await until(lambda: client.is_ready, seconds=1)
+        assert client.num_restarts == 0
+        # Nothing to do is no reason for suspicion.
+        os.kill(watched.process_ids[-1], signal.SIGSTOP)
+        await asyncio.sleep(0.5)
+        assert client.is_ready
+        os.kill(watched.process_ids[-1], signal.SIGCONT)
+
+
+@pytest.mark.usefixtures("_impatient")
+async def test_an_engine_that_hangs_is_replaced_and_streams_go_on() -> None:
+    asked = Request("r", (1, 0), SamplingParams(seed=3, max_tokens=60))
+    wide = HashingExecutor(num_blocks=64, block_size=4, vocab_size=2).spec
+    async with started() as watched:
+        client = watched.client
+        outputs = client.generate(asked)
+        tokens = list((await anext(outputs)).token_ids)
+        os.kill(watched.process_ids[-1], signal.SIGSTOP)
+        tokens += [token async for output in outputs for token in output.token_ids]
+        assert tokens == run_alone(asked, wide)[0]
+        assert client.num_restarts == 1
+        assert len(watched.process_ids) == 2
+        assert client.is_ready
+
+
+async def test_a_stream_that_is_failed_frees_its_blocks() -> None:
+    async with started() as watched:
+        client = watched.client
+        outputs = client.generate(Request("r", (1,), SamplingParams(max_tokens=200)))
+        await anext(outputs)
+        client.fail("r", InternalError())
+        client.fail("unknown", InternalError())
+        with pytest.raises(InternalError):
+            await drain(outputs)
+        await until(lambda: client.stats.num_running == 0, seconds=1.0)
+        assert client.stats.kv_cache_usage == 0
+
+
+async def test_blocks_are_free_within_a_tenth_of_a_second_of_a_disconnect() -> None:
+    seconds = []
+    async with started() as watched:
+        client = watched.client
+        for number in range(40):
+            async with aclosing(
+                client.generate(Request(f"r{number}", (1,), SamplingParams(max_tokens=200)))
+            ) as o:
+                await anext(o)
+                assert client.stats.num_running == 1
+                began = time.perf_counter()
+            await until(lambda: client.stats.num_running == 0, seconds=1.0)
+            seconds.append(time.perf_counter() - began)
+            assert client.stats.kv_cache_usage == 0
+    # The second slowest of 40: other work on the machine may take the processor away once.
+    assert sorted(seconds)[-2] < 0.1
