@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections import deque
 from concurrent.futures import Future
+from dataclasses import replace
+from time import perf_counter
 
 from scheduler.executor import Executor, ExecutorLostError
 from scheduler.grammars import Grammars, NoGrammars
@@ -48,6 +50,8 @@ class EngineCore:
             self._grammars,
         )
         self._in_flight: deque[tuple[SchedulerOutput, Future[ModelRunnerOutput]]] = deque()
+        self._since = 0.0
+        self._seconds = {"schedule": 0.0, "execute": 0.0, "update": 0.0}
 
     def step(self) -> EngineOutputs:
         """Schedules and hands over one step; waits for the oldest in flight if no more may be.
@@ -58,21 +62,32 @@ class EngineCore:
         Raises:
             ExecutorLostError: the device is lost, and with it all that runs.
         """
+        self._since = perf_counter()
         step = self._scheduler.schedule()
+        self._lap("schedule")
         if step is not None:
             self._in_flight.append((step, self._executor.execute(step)))
         if self._in_flight and (step is None or len(self._in_flight) >= self._executor.max_in_flight):
-            oldest, future = self._in_flight.popleft()
-            try:
-                result = future.result()
-            except ExecutorLostError:
-                raise
-            except Exception as error:
-                _log.exception("step %d of %d sequences failed", oldest.step_id, len(oldest.scheduled))
-                self._scheduler.fail(oldest, error)
-            else:
-                self._scheduler.update(oldest, result)
-        return EngineOutputs(self._scheduler.take_outputs(), self._scheduler.stats)
+            self._complete(*self._in_flight.popleft())
+        return EngineOutputs(self._scheduler.take_outputs(), self.stats)
+
+    def _complete(self, step: SchedulerOutput, future: Future[ModelRunnerOutput]) -> None:
+        try:
+            result = future.result()
+        except ExecutorLostError:
+            raise
+        except Exception as error:
+            _log.exception("step %d of %d sequences failed", step.step_id, len(step.scheduled))
+            self._scheduler.fail(step, error)
+        else:
+            self._lap("execute")
+            self._scheduler.update(step, result)
+            self._lap("update")
+
+    def _lap(self, phase: str) -> None:
+        now = perf_counter()
+        self._seconds[phase] += now - self._since
+        self._since = now
 
     def add_request(self, request: Request) -> None:
         """Queues a request. One that can never run ends with ERROR at the next ``step``.
@@ -95,7 +110,13 @@ class EngineCore:
 
     @property
     def stats(self) -> EngineStats:
-        return self._scheduler.stats
+        seconds = self._seconds
+        return replace(
+            self._scheduler.stats,
+            schedule_seconds_total=seconds["schedule"],
+            execute_seconds_total=seconds["execute"],
+            update_seconds_total=seconds["update"],
+        )
 
     def check_invariants(self) -> None:
         """Raises AssertionError if blocks, sequences or steps are lost or contradict each other."""

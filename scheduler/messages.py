@@ -181,6 +181,9 @@ class EngineStats:
 
     Attributes:
         scheduled_tokens_total: tokens handed to the executor; grows by the tokens of one step at a time.
+        recomputed_tokens_total: those of them that had been computed before a preemption.
+        schedule_seconds_total, execute_seconds_total, update_seconds_total: how long the step loop decided,
+            waited for the executor, and took in results.
     """
 
     num_running: int = 0
@@ -191,6 +194,10 @@ class EngineStats:
     preemptions_total: int = 0
     steps_total: int = 0
     scheduled_tokens_total: int = 0
+    recomputed_tokens_total: int = 0
+    schedule_seconds_total: float = 0.0
+    execute_seconds_total: float = 0.0
+    update_seconds_total: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -73,6 +73,7 @@ class Scheduler:
         self._num_cache_hits = 0
         self._num_preemptions = 0
         self._num_scheduled_tokens = 0
+        self._num_recomputed_tokens = 0
 
     # ---- requests ----
 
@@ -192,6 +193,7 @@ class Scheduler:
             sequence.num_tokens -= share.samples
         step.has_preempted = True
         self._num_preemptions += 1
+        sequence.num_lost_tokens = sequence.num_computed_tokens if share is None else share.start
         sequence.resume_after_step = self._num_issued_steps
         self._leave_running(sequence)
         self._waiting.add(sequence)
@@ -221,6 +223,8 @@ class Scheduler:
             sequence.block_ids = hits + block_ids
             sequence.num_indexed_blocks = len(hits)
             sequence.num_computed_tokens = num_hits
+            self._num_recomputed_tokens += max(sequence.num_lost_tokens - num_hits, 0)
+            sequence.num_lost_tokens = 0
             if not sequence.first_scheduled_time:
                 self._note_first_admission(sequence, num_hits)
             step.new.append(
@@ -382,6 +386,7 @@ class Scheduler:
             preemptions_total=self._num_preemptions,
             steps_total=self._num_issued_steps,
             scheduled_tokens_total=self._num_scheduled_tokens,
+            recomputed_tokens_total=self._num_recomputed_tokens,
         )
 
     def check_invariants(self) -> None:

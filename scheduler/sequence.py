@@ -25,6 +25,7 @@ class Sequence:
         prompt_logprobs: records for prompt tokens 1, 2, ... as far as they have arrived.
         resume_after_step: id of the last step issued before the sequence was preempted: until its result
             is known, tokens of the sequence may be missing, so it is not admitted again.
+        num_lost_tokens: tokens that were computed when the sequence was preempted, until it is admitted again.
         is_running: holds blocks, and the executor knows it.
         has_grammar: the next token may be sampled only when the last one is known.
     """
@@ -41,6 +42,7 @@ class Sequence:
         "num_cached_tokens",
         "num_computed_tokens",
         "num_indexed_blocks",
+        "num_lost_tokens",
         "num_prompt_tokens",
         "num_tokens",
         "order",
@@ -68,6 +70,7 @@ class Sequence:
         self.block_keys: list[BlockKey] = []
         self.num_indexed_blocks = 0
         self.num_cached_tokens = 0
+        self.num_lost_tokens = 0
         self.first_scheduled_time = 0.0
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.resume_after_step = 0

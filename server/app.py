@@ -45,7 +45,10 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
         ResponseDatabaseError: the file of ``--responses-db`` cannot be used.
     """
     tokenization = Tokenization(tokenizer)
-    metrics = Metrics(config.metrics_prefix, config.served_model_names[0], engine)
+    admission = Admission(config, engine)
+    metrics = Metrics(
+        config.metrics_prefix, config.served_model_names[0], engine, admission, config.metrics_compat
+    )
     formats = model_formats(tokenizer.chat_template, config.tool_call_parser, config.reasoning_parser)
     check = GrammarCheck(tokenizer)
     metrics.grammar_check = check
@@ -60,8 +63,6 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
     # No documentation pages: they load scripts from elsewhere.
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     store = ResponseMemory() if config.responses_db is None else ResponseDatabase(config.responses_db)
-    admission = Admission(config, engine)
-    metrics.admission = admission
     app.state.service = Service(config, engine, admission, tokenization, metrics, validator, store, check)
     for routes in (
         chat,

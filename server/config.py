@@ -238,6 +238,20 @@ class ServerConfig:
         group="server",
         metavar="PREFIX",
     )
+    metrics_compat: str | None = _flag(
+        None,
+        _one_of("tgi"),
+        "names of another server that /metrics has as well: tgi (default: none)",
+        group="server",
+        metavar="SERVER",
+    )
+    log_format: Literal["text", "json"] = _flag(
+        "text",
+        _one_of("text", "json"),
+        "text, or json: an object a line. Prompts and answers are never logged",
+        group="server",
+        metavar="FORM",
+    )
     pre_stop_seconds: int = _flag(
         0,
         _integer(0),

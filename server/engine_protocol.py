@@ -29,6 +29,11 @@ class EngineClient(Protocol):
         ...
 
     @property
+    def num_restarts(self) -> int:
+        """Engines that ended unasked and were replaced."""
+        ...
+
+    @property
     def is_ready(self) -> bool:
         """Whether a request would be taken now."""
         ...

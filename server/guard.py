@@ -27,6 +27,7 @@ from server.errors import (
     ShuttingDownError,
     UnsupportedMediaTypeError,
 )
+from server.logs import http_request_id
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +87,7 @@ class Guard:
         headers: dict[bytes, bytes] = dict(scope["headers"])
         request_id = _request_id(headers.get(b"x-request-id"))
         scope.setdefault("state", {})["request_id"] = request_id
+        http_request_id.set(request_id)
         scope[SEND_BODY] = send
         has_started = False
         is_reading = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
 from server.config import ServerConfig
+from server.logs import configure_logging
 from server.model_source import ModelSource, find_model
 
 if TYPE_CHECKING:
@@ -37,7 +38,6 @@ _log = logging.getLogger(__name__)
 # Without this, a closed connection would wait for ever to send its rest to a client that reads no more.
 _UNSENT_TIMEOUT_MS = 30_000
 _BACKLOG = 2048
-_LOG_FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
 
 
 class LaunchError(Exception):
@@ -52,7 +52,7 @@ def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
     """
     import uvloop
 
-    logging.basicConfig(level=config.log_level.upper(), format=_LOG_FORMAT)
+    configure_logging(config.log_level, config.log_format)
     if config.log_level == "info":  # it says what the lines below say, under the name uvicorn.error
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     for note in notes:
@@ -206,9 +206,13 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         ending = _Ending(server, app.state.service, config)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, ending.signal, number)
-        watcher = asyncio.create_task(_exit_on(failed, server))
+        watchers = [
+            asyncio.create_task(_exit_on(failed, server)),
+            asyncio.create_task(app.state.service.metrics.operation.watch_loop()),
+        ]
         await server.serve(sockets=[listener])
-        watcher.cancel()
+        for watcher in watchers:
+            watcher.cancel()
         await app.state.service.close()
     finally:
         await engine.stop()
@@ -271,7 +275,7 @@ def run_engine(address: str, parent_id: int) -> int:
         kind, start = end.receive()
         if kind is not Kind.START:
             raise ValueError(f"the first message was {kind.name}, not START")
-        logging.basicConfig(level=start.config.log_level.upper(), format=_LOG_FORMAT)
+        configure_logging(start.config.log_level, start.config.log_format)
 
         from engine_runtime.factory import (
             CheckpointError,

@@ -18,10 +18,14 @@ from prometheus_client.registry import Collector
 
 from scheduler.messages import EngineOutput, FinishReason, Request
 from server.admission import Admission
+from server.api_keys import cache_scope
 from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
 from server.grammar_check import GrammarCheck
 from server.histogram import Histogram, one_two_five_buckets
+from server.logs import log_request
+from server.metric_aliases import GenAiMetrics, TgiMetrics
+from server.operation_metrics import OperationMetrics
 
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -43,20 +47,28 @@ _MAX_FIELD_NAMES = 32
 class Metrics(Collector):
     """All metrics of one API process. ``text()`` is the page that Prometheus scrapes."""
 
-    def __init__(self, prefix: str, model_name: str, engine: EngineClient) -> None:
+    def __init__(
+        self,
+        prefix: str,
+        model_name: str,
+        engine: EngineClient,
+        admission: Admission,
+        compat: str | None = None,
+    ) -> None:
         """
         Args:
             prefix: before the colon of every name.
             model_name: the value of the label of that name.
+            compat: ``tgi`` adds the names of that server.
         """
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
         self._engine = engine
+        self._admission = admission
         self.grammar_check: GrammarCheck | None = None
-        self.admission: Admission | None = None
         self.prompt_tokens = 0
         self.generation_tokens = 0
-        self._finished: Counter[FinishReason] = Counter(dict.fromkeys(FinishReason, 0))
+        self.finished: Counter[FinishReason] = Counter(dict.fromkeys(FinishReason, 0))
         self._unknown_fields: Counter[str] = Counter()
         self.time_to_first_token = Histogram(_TTFT_BUCKETS)
         self.inter_token_latency = Histogram(_TOKEN_BUCKETS)
@@ -68,10 +80,24 @@ class Metrics(Collector):
         self.decode_time = Histogram(_REQUEST_BUCKETS)
         self.params_n = Histogram(_N_BUCKETS)
         # The bounds depend on the context, which is known once the engine is ready.
-        self._token_counts: dict[str, Histogram] = {}
+        self.token_counts: dict[str, Histogram] = {}
         self._registry = CollectorRegistry()
         self._registry.register(self)
+        self.operation = OperationMetrics(prefix, self._labels, engine, admission)
+        self._registry.register(self.operation)
+        self._registry.register(GenAiMetrics(self, model_name))
+        if compat == "tgi":
+            self._registry.register(TgiMetrics(self))
         ProcessCollector(registry=self._registry)
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests in the line and those that the engine has no room for."""
+        return self._admission.num_waiting + self._engine.stats.num_waiting
+
+    @property
+    def num_running(self) -> int:
+        return self._engine.stats.num_running
 
     def count_unknown_field(self, name: str) -> None:
         """The first few plain names are told apart, all others are one."""
@@ -83,14 +109,14 @@ class Metrics(Collector):
 
     def observe_tokens(self, name: str, value: int) -> None:
         """Counts a number of tokens in one of the histograms ``request_*tokens``."""
-        histogram = self._token_counts.get(name)
+        histogram = self.token_counts.get(name)
         if histogram is None:
             bounds = one_two_five_buckets(self._engine.spec.max_model_len)
-            histogram = self._token_counts[name] = Histogram(bounds)
+            histogram = self.token_counts[name] = Histogram(bounds)
         histogram.observe(value)
 
     def count_finished(self, reason: FinishReason) -> None:
-        self._finished[reason] += 1
+        self.finished[reason] += 1
 
     def text(self) -> bytes:
         """In Prometheus' text format, version 0.0.4."""
@@ -102,10 +128,7 @@ class Metrics(Collector):
     def collect(self) -> Iterator[Metric]:
         stats = self._engine.stats
         yield self._gauge("num_requests_running", "Requests in the running batch.", stats.num_running)
-        num_in_line = self.admission.num_waiting if self.admission else 0
-        yield self._gauge(
-            "num_requests_waiting", "Requests waiting to be scheduled.", num_in_line + stats.num_waiting
-        )
+        yield self._gauge("num_requests_waiting", "Requests waiting to be scheduled.", self.num_waiting)
         yield self._gauge(
             "kv_cache_usage_perc", "Share of the KV blocks in use; 1 is all.", stats.kv_cache_usage
         )
@@ -150,7 +173,7 @@ class Metrics(Collector):
             ("request_decode_time_seconds", self.decode_time, "From the first token to the last."),
             ("request_params_n", self.params_n, "Choices asked for by a request."),
             ("iteration_tokens_total", self._engine.step_tokens, "Tokens computed in one step."),
-            *((name, histogram, "Tokens of a request.") for name, histogram in self._token_counts.items()),
+            *((name, histogram, "Tokens of a request.") for name, histogram in self.token_counts.items()),
         ):
             yield self._histogram(name, histogram, help_text)
         yield from self._cache_config()
@@ -180,7 +203,7 @@ class Metrics(Collector):
             "Requests that ended, by reason.",
             labels=[*self._labels, "finished_reason"],
         )
-        for reason, count in self._finished.items():
+        for reason, count in self.finished.items():
             family.add_metric([*self._labels.values(), reason.value], count)
         return family
 
@@ -256,10 +279,20 @@ class RequestTimer:
         metrics.observe_tokens("request_prompt_tokens", len(self._request.prompt_token_ids))
         metrics.observe_tokens("request_generation_tokens", self._num_tokens)
         metrics.observe_tokens("request_params_max_tokens", self._request.params.max_tokens)
-        if not self._first_token:
-            return
         # A clock is one for all processes of a machine, but not finer than its tick.
         scheduled = max(self._scheduled, arrival)
+        log_request(
+            request=self._request.request_id,
+            key=cache_scope.get(),
+            finish_reason=reason.value,
+            prompt_tokens=len(self._request.prompt_token_ids),
+            generated_tokens=self._num_tokens,
+            queue_seconds=round(scheduled - arrival, 4) if self._first_token else None,
+            first_token_seconds=round(self._first_token - arrival, 4) if self._first_token else None,
+            total_seconds=round(now - arrival, 4),
+        )
+        if not self._first_token:
+            return
         metrics.queue_time.observe(scheduled - arrival)
         metrics.prefill_time.observe(max(self._first_token - scheduled, 0.0))
         metrics.decode_time.observe(self._last_token - self._first_token)

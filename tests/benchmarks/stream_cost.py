@@ -41,6 +41,7 @@ class TickingEngine:
         self.stats = EngineStats()
         self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
         self.is_ready = True
+        self.num_restarts = 0
         self.num_tokens = 0
         self.lags: list[float] = []
         self._token_ids = token_ids

@@ -15,6 +15,8 @@ import pytest
 import yaml
 
 from scheduler.messages import EngineOutput, FinishReason, Request, SamplingParams
+from server.admission import Admission
+from server.config import ServerConfig
 from server.metrics import Metrics, RequestTimer
 from tests.server.in_process_engine import ScriptedEngine
 
@@ -40,7 +42,8 @@ def dashboard_expressions() -> Iterator[str]:
 @pytest.fixture(scope="module")
 def served_names() -> set[str]:
     """Every series that a server shows after a request."""
-    metrics = Metrics("inflightd", "m", ScriptedEngine(lambda request: ()))
+    engine = ScriptedEngine(lambda request: ())
+    metrics = Metrics("inflightd", "m", engine, Admission(ServerConfig(), engine))
     timer = RequestTimer(metrics, Request("r", (1, 2, 3), SamplingParams(max_tokens=2)))
     for now in (1.0, 2.0):
         timer.observe(EngineOutput("r", (7,)), now)

@@ -244,3 +244,22 @@ def test_shutdown_waits_for_steps_in_flight(max_in_flight: int) -> None:
     engine.add_request(request("a"))
     engine.step()
     engine.shutdown()
+
+
+def test_wasted_work_and_the_time_of_each_phase_are_counted() -> None:
+    executor = HashingExecutor(24, 4, vocab_size=50_000, max_num_batched_tokens=16, step_seconds=0.001)
+    engine = EngineCore(executor)
+    requests = [
+        Request(f"r{number}", tuple(range(100 * number, 100 * number + 12)), SamplingParams(max_tokens=40))
+        for number in range(1, 6)
+    ]
+    for asked in requests:
+        engine.add_request(asked)
+    drain(engine)
+    stats = engine.stats
+    assert stats.preemptions_total > 0
+    # No two requests share anything: each token but the last is needed once, and what is beyond that is waste.
+    assert stats.scheduled_tokens_total - 5 * (12 + 40 - 1) == stats.recomputed_tokens_total > 0
+    assert stats.execute_seconds_total > 0.001 * stats.steps_total
+    assert 0 < stats.schedule_seconds_total < stats.execute_seconds_total
+    assert 0 < stats.update_seconds_total < stats.execute_seconds_total

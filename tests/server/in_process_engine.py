@@ -34,6 +34,7 @@ class ScriptedEngine:
         self.stats = EngineStats()
         self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
         self.is_ready = True
+        self.num_restarts = 0
         self.requests: list[Request] = []
         self.aborted: list[str] = []
 
@@ -93,6 +94,7 @@ class HashingEngine:
         self.spec = executor.spec
         self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
         self.is_ready = True
+        self.num_restarts = 0
         self._steps_at_once = steps_at_once
         self.pause = 0.0  # seconds between steps
         self._queues: dict[str, asyncio.Queue[EngineOutput | ApiError]] = {}

@@ -50,6 +50,8 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "max_body_bytes": ("1MiB", 2**20),
         "metrics_prefix": ("vllm:", "vllm"),
         "chat_page": ("off", "off"),
+        "metrics_compat": ("tgi", "tgi"),
+        "log_format": ("json", "json"),
         "pre_stop_seconds": ("2", 2),
         "shutdown_timeout": ("3", 3),
         "log_level": ("debug", "debug"),

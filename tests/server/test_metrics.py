@@ -2,12 +2,15 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from scheduler.hashing_executor import HashingExecutor
 from scheduler.messages import EngineOutput, EngineStats, FinishReason, Request, SamplingParams
+from server.admission import Admission
+from server.app import create_app
 from server.config import ServerConfig
 from server.metrics import Metrics, RequestTimer
 from server.tokenizer import Tokenizer
@@ -153,7 +156,8 @@ async def test_ends_by_reason(tokenizer: Tokenizer) -> None:
 
 
 def test_times_of_a_request() -> None:
-    metrics = Metrics("x", "m", ScriptedEngine(tokens([1])))
+    engine = ScriptedEngine(tokens([1]))
+    metrics = Metrics("x", "m", engine, Admission(ServerConfig(), engine))
     request = Request("r", (1, 2, 3), SamplingParams(max_tokens=8), arrival_time=100.0)
     timer = RequestTimer(metrics, request)
     timer.observe(EngineOutput("r", (1,), first_scheduled_time=100.5), 102.0)
@@ -196,3 +200,57 @@ async def test_clients_cannot_make_series(tokenizer: Tokenizer) -> None:
             await client.post("/v1/chat/completions", json=chat(model=f"model-{index}"))
             await client.post("/v1/chat/completions", json=chat(user=f"user-{index}", seed=index))
         assert await series() == before
+
+
+async def test_the_server_itself(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokens([28]))
+    engine.stats = EngineStats(
+        num_waiting=2,
+        recomputed_tokens_total=70,
+        steps_total=5,
+        schedule_seconds_total=0.5,
+        execute_seconds_total=4.0,
+        update_seconds_total=0.25,
+    )
+    engine.num_restarts = 3
+    app = create_app(ServerConfig(), engine, tokenizer)
+    operation = app.state.service.metrics.operation
+    watching = asyncio.create_task(operation.watch_loop())
+    await asyncio.sleep(0.01)
+    time.sleep(0.3)  # noqa: ASYNC251 - it is the event loop that this is about
+    await asyncio.sleep(0.01)
+    watching.cancel()
+    values = _samples(app.state.service.metrics.text().decode())
+    assert values["num_requests_waiting_by_reason reason=capacity"] == 2
+    assert values["num_requests_waiting_by_reason reason=admission"] == 0
+    assert {name: value for name, value in values.items() if "rejections_total" in name} == {
+        f"request_rejections_total reason={reason}": 0 for reason in ("requests", "tokens", "key", "timeout")
+    }
+    assert values["engine_restarts_total"] == 3
+    assert values["recomputed_tokens_total"] == 70
+    assert values["engine_step_seconds_total phase=execute"] == 4.0
+    assert values["event_loop_lag_seconds_count"] == 1
+    assert 0.03 < values["event_loop_lag_seconds_sum"] < 0.3
+
+
+@pytest.mark.parametrize("compat", [None, "tgi"])
+async def test_names_of_others(tokenizer: Tokenizer, compat: str | None) -> None:
+    config = ServerConfig(metrics_compat=compat)
+    async with api(ScriptedEngine(tokens([28], [28])), tokenizer, config) as client:
+        await client.post("/v1/chat/completions", json=chat())
+        page = (await client.get("/metrics")).text
+    families = {family.name: family for family in text_string_to_metric_families(page)}
+    for name in ("request_duration", "time_to_first_token", "time_per_output_token"):
+        family = families[f"gen_ai_server_{name}_seconds"]
+        counts = [sample for sample in family.samples if sample.name.endswith("_count")]
+        assert [sample.value for sample in counts] == [1]
+        assert counts[0].labels["gen_ai_request_model"] == MODEL
+    tgi = {name: family for name, family in families.items() if name.startswith("tgi_")}
+    if compat is None:
+        assert not tgi
+        return
+    values = _samples(page)
+    assert (values["tgi_request_count_total"], values["tgi_request_success_total"]) == (1, 1)
+    assert values["tgi_request_generated_tokens_sum"] == 2
+    assert values["tgi_request_duration_count"] == 1
+    assert {"tgi_queue_size", "tgi_batch_current_size", "tgi_request_queue_duration"} <= set(tgi)
