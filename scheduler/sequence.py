@@ -25,7 +25,7 @@ class Sequence:
         prompt_logprobs: records for prompt tokens 1, 2, ... as far as they have arrived.
         resume_after_step: id of the last step issued before the sequence was preempted: until its result
             is known, tokens of the sequence may be missing, so it is not admitted again.
-        num_lost_tokens: tokens that were computed when the sequence was preempted, until it is admitted again.
+        num_lost_tokens: computed tokens of a sequence that was preempted, until it is admitted again.
         is_running: holds blocks, and the executor knows it.
         has_grammar: the next token may be sampled only when the last one is known.
     """

@@ -19,11 +19,13 @@ _request_log = logging.getLogger("server.request")
 def log_request(**fields: str | float | None) -> None:
     """Says how a request went, at level info."""
     if _request_log.isEnabledFor(logging.INFO):
-        _request_log.info("request ended", extra={"fields": {"x_request_id": http_request_id.get(), **fields}})
+        _request_log.info(
+            "request ended", extra={"fields": {"x_request_id": http_request_id.get(), **fields}}
+        )
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object a line: ``time`` (UTC), ``level``, ``logger``, ``message``, and the fields of the record."""
+    """A JSON object a line: ``time`` (UTC), ``level``, ``logger``, ``message``, fields of the record."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {

@@ -55,7 +55,9 @@ class TgiMetrics(Collector):
         succeeded = finished[FinishReason.STOP] + finished[FinishReason.LENGTH]
         yield CounterMetricFamily("tgi_request_count", "Requests that ended.", sum(finished.values()))
         yield CounterMetricFamily("tgi_request_success", "Requests that were answered.", succeeded)
-        yield CounterMetricFamily("tgi_request_failure", "Requests that failed.", finished[FinishReason.ERROR])
+        yield CounterMetricFamily(
+            "tgi_request_failure", "Requests that failed.", finished[FinishReason.ERROR]
+        )
         yield GaugeMetricFamily("tgi_queue_size", "Requests waiting.", metrics.num_waiting)
         yield GaugeMetricFamily("tgi_batch_current_size", "Requests in the batch.", metrics.num_running)
         for name, histogram, help_text in (

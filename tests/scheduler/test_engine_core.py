@@ -258,7 +258,7 @@ def test_wasted_work_and_the_time_of_each_phase_are_counted() -> None:
     drain(engine)
     stats = engine.stats
     assert stats.preemptions_total > 0
-    # No two requests share anything: each token but the last is needed once, and what is beyond that is waste.
+    # No two requests share anything: each token but the last is needed once, the rest is waste.
     assert stats.scheduled_tokens_total - 5 * (12 + 40 - 1) == stats.recomputed_tokens_total > 0
     assert stats.execute_seconds_total > 0.001 * stats.steps_total
     assert 0 < stats.schedule_seconds_total < stats.execute_seconds_total
