@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -76,11 +76,11 @@ class OperationMetrics(Collector):
     def _name(self, name: str) -> str:
         return f"{self._prefix}:{name}"
 
-    def _gauge(self, name: str, help_text: str, label: str | None, values: dict[str, float]) -> Metric:
+    def _gauge(self, name: str, help_text: str, label: str | None, values: Mapping[str, float]) -> Metric:
         labels = [*self._labels, *([label] if label else [])]
         return self._filled(GaugeMetricFamily(self._name(name), help_text, labels=labels), label, values)
 
-    def _counter(self, name: str, help_text: str, label: str | None, values: dict[str, float]) -> Metric:
+    def _counter(self, name: str, help_text: str, label: str | None, values: Mapping[str, float]) -> Metric:
         labels = [*self._labels, *([label] if label else [])]
         return self._filled(CounterMetricFamily(self._name(name), help_text, labels=labels), label, values)
 
@@ -88,7 +88,7 @@ class OperationMetrics(Collector):
         self,
         family: GaugeMetricFamily | CounterMetricFamily,
         label: str | None,
-        values: dict[str, float],
+        values: Mapping[str, float],
     ) -> Metric:
         for value, number in values.items():
             family.add_metric([*self._labels.values(), *([value] if label else [])], number)

@@ -152,7 +152,7 @@ async def test_a_fault_of_ours_tells_the_client_its_id_only(
 
 async def test_wrong_paths_and_methods(tokenizer: Tokenizer) -> None:
     async with api(ScriptedEngine(tokens([1])), tokenizer) as client:
-        for path in ("/v1", "/v1/chat", "/docs", "/openapi.json", "/v1/models/", "/%1b[31m%0d%0a"):
+        for path in ("/v1", "/v1/chat", "/docs", "/v1/models/", "/%1b[31m%0d%0a"):
             response = await client.get(path)
             assert response.status_code == 404, path
             assert response.json()["error"]["type"] == "invalid_request_error"
