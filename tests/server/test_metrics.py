@@ -217,7 +217,7 @@ async def test_the_server_itself(tokenizer: Tokenizer) -> None:
     operation = app.state.service.metrics.operation
     watching = asyncio.create_task(operation.watch_loop())
     await asyncio.sleep(0.01)
-    time.sleep(0.3)  # noqa: ASYNC251 - it is the event loop that this is about
+    time.sleep(0.7)  # noqa: ASYNC251 - it is the event loop that this is about
     await asyncio.sleep(0.01)
     watching.cancel()
     values = _samples(app.state.service.metrics.text().decode())
@@ -230,7 +230,7 @@ async def test_the_server_itself(tokenizer: Tokenizer) -> None:
     assert values["recomputed_tokens_total"] == 70
     assert values["engine_step_seconds_total phase=execute"] == 4.0
     assert values["event_loop_lag_seconds_count"] == 1
-    assert 0.03 < values["event_loop_lag_seconds_sum"] < 0.3
+    assert 0.1 < values["event_loop_lag_seconds_sum"] < 0.7
 
 
 @pytest.mark.parametrize("compat", [None, "tgi"])
