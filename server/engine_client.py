@@ -156,6 +156,7 @@ class ZmqEngineClient:
         self._vocabulary: Vocabulary | None = None
         self._is_ready = False
         self._watchdog = Watchdog()
+        self._is_wanted = asyncio.Event()
         self._is_late = False
         self._failure: str | None = None
         self.num_restarts = 0
@@ -202,6 +203,7 @@ class ZmqEngineClient:
             raise EngineDeadError(self._failure or "the engine is not ready")
         if not self._has_work:
             self._watchdog.started_work()
+        self._is_wanted.set()
         stream = self._streams[request.request_id] = _Stream(request)
         is_finished = False
         try:
@@ -291,6 +293,9 @@ class ZmqEngineClient:
     async def _watch(self, process: asyncio.subprocess.Process) -> None:
         """Ends an engine that does not get on."""
         while True:
+            if not self._has_work:  # so that an idle server sleeps
+                self._is_wanted.clear()
+                await self._is_wanted.wait()
             await asyncio.sleep(_WATCH_EVERY_S)
             has_work = self._is_ready and self._has_work
             is_late = self._watchdog.is_late(has_work)
@@ -313,6 +318,7 @@ class ZmqEngineClient:
                 self._spec = body.spec
                 self._is_ready = True
                 self._watchdog.started_work()
+                self._is_wanted.set()
                 self._resume_streams(connection)
                 self._on_ready(body)
             elif kind is Kind.FAILED:

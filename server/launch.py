@@ -29,8 +29,7 @@ from server.logs import configure_logging
 from server.model_source import ModelSource, find_model
 
 if TYPE_CHECKING:
-    import uvicorn
-
+    from server.http_server import HttpServer
     from server.service import Service
 
 _log = logging.getLogger(__name__)
@@ -174,6 +173,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
 
         from server.app import create_app
         from server.http_protocol import HttpProtocol
+        from server.http_server import HttpServer
         from server.response_database import ResponseDatabaseError
         from server.tokenizer import load_tokenizer
         from server.tokenizer_spec import TokenizerError
@@ -187,7 +187,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
             app = create_app(config, engine, tokenizer)
         except ResponseDatabaseError as error:
             raise LaunchError(f"--responses-db: {error}") from None
-        server = uvicorn.Server(
+        server = HttpServer(
             uvicorn.Config(
                 app,
                 log_config=None,
@@ -201,8 +201,6 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
                 timeout_graceful_shutdown=config.shutdown_timeout,
             )
         )
-        # uvicorn's own handlers raise the signal again once all is done, and the exit status with it.
-        server.capture_signals = contextlib.nullcontext  # type: ignore[assignment,method-assign]
         ending = _Ending(server, app.state.service, config)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, ending.signal, number)
@@ -223,14 +221,14 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
 class _Ending:
     """What signals do: the first lets requests finish, the second ends them."""
 
-    def __init__(self, server: uvicorn.Server, service: Service, config: ServerConfig) -> None:
+    def __init__(self, server: HttpServer, service: Service, config: ServerConfig) -> None:
         self._server = server
         self._service = service
         self._config = config
 
     def signal(self, number: int) -> None:
         if self._service.is_draining:
-            self._server.should_exit = self._server.force_exit = True
+            self._server.end(at_once=True)
             return
         self._service.is_draining = True
         # ^C is no load balancer's.
@@ -239,15 +237,12 @@ class _Ending:
             "shutting down: requests have %d s to finish; a second signal ends them now",
             window + self._config.shutdown_timeout,
         )
-        asyncio.get_running_loop().call_later(window, self._close)
-
-    def _close(self) -> None:
-        self._server.should_exit = True
+        asyncio.get_running_loop().call_later(window, self._server.end)
 
 
-async def _exit_on(failed: asyncio.Event, server: uvicorn.Server) -> None:
+async def _exit_on(failed: asyncio.Event, server: HttpServer) -> None:
     await failed.wait()
-    server.should_exit = True
+    server.end()
 
 
 def _url(config: ServerConfig, listener: socket.socket) -> str:

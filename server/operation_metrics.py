@@ -14,7 +14,7 @@ from server.engine_protocol import EngineClient
 from server.histogram import Histogram
 
 _LAG_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0)
-_LAG_EVERY_S = 0.5
+_LAG_EVERY_S = 1.0
 
 
 class OperationMetrics(Collector):

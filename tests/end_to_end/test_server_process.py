@@ -5,12 +5,14 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import httpx
@@ -66,18 +68,33 @@ def test_a_client_that_leaves_while_waiting_for_the_whole_frees_its_blocks(serve
     server.wait_until("kv_cache_usage_perc", 0, seconds=1.0)
 
 
-def _cpu_seconds(pid: int) -> float:
-    fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+def _activity(pids: Sequence[int]) -> tuple[float, int]:
+    """CPU seconds of all threads, to the nanosecond, and how often they have gone to sleep."""
+    tasks = [task for pid in pids for task in Path(f"/proc/{pid}/task").iterdir()]
+    seconds = sum(int((task / "schedstat").read_text().split()[0]) for task in tasks) / 1e9
+    counts = [
+        re.findall(r"^voluntary_ctxt_switches:\s+(\d+)", (task / "status").read_text(), re.M)
+        for task in tasks
+    ]
+    return seconds, sum(int(count) for found in counts for count in found)
 
 
-def test_an_idle_server_uses_less_than_one_percent_of_a_core(server: ServerProcess) -> None:
+def test_an_idle_server_sleeps(server: ServerProcess) -> None:
     httpx.post(f"{server.url}/v1/completions", json=LONG | {"max_tokens": 4})
     pids = (server.process.pid, server.engine_pid)
-    time.sleep(0.5)
-    before = sum(map(_cpu_seconds, pids))
-    time.sleep(4)
-    assert sum(map(_cpu_seconds, pids)) - before < 0.04
+    # Less than 1 % of a core. On some virtual machines each waking costs milliseconds: there, less than ten
+    # times what a small process takes that wakes ten times a second.
+    script = (
+        "import time; begun = time.process_time()\nfor _ in range(40): time.sleep(0.1)\n"
+        "print(time.process_time() - begun)"
+    )
+    for _ in range(3):  # what it does once, when it has time, is no idleness
+        before = _activity(pids)
+        waking = float(subprocess.check_output([sys.executable, "-c", script]))
+        seconds, wakings = (after - b for after, b in zip(_activity(pids), before, strict=True))
+        if wakings <= 40 and seconds < max(0.04, 10 * waking):
+            return
+    pytest.fail(f"{wakings} wakings and {seconds:.2f} s in 4 s; a small process takes {waking:.3f} s for 40")
 
 
 def test_streams_go_on_when_the_engine_dies(smollm2_path: Path) -> None:
