@@ -69,6 +69,15 @@ def events(body: str) -> list[Any]:
     return [text if text == "[DONE]" else json.loads(text) for text in data]
 
 
+def named_events(body: str) -> list[tuple[str, dict[str, Any]]]:
+    """The name and the data of each event of a stream."""
+    events = []
+    for event in body.removesuffix("\n\n").split("\n\n"):
+        name, data = event.split("\n")
+        events.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
+    return events
+
+
 def chat(content: Any = "Hi", **fields: Any) -> dict[str, Any]:
     """The body of a chat request."""
     return {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}

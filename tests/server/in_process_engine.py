@@ -10,6 +10,7 @@ from scheduler.hashing_executor import HashingExecutor
 from scheduler.messages import EngineOutput, EngineStats, ExecutorSpec, FinishReason, Request
 from server.errors import ApiError, EngineDeadError
 from server.histogram import STEP_TOKENS_BUCKETS, Histogram
+from server.tokenizer import Tokenizer
 
 SPEC = ExecutorSpec(
     model_id="scripted",
@@ -136,3 +137,10 @@ class HashingEngine:
                     if output.request_id in self._queues:
                         self._queues[output.request_id].put_nowait(output)
             await asyncio.sleep(self.pause)
+
+
+def scripted_text(tokenizer: Tokenizer, text: str, *, with_eos: bool = True) -> ScriptedEngine:
+    """Generates ``text`` token by token; 16 tokens of the prompt were cached."""
+    ids = [*tokenizer.encode(text), *([min(tokenizer.eos_token_ids)] if with_eos else [])]
+    finish = FinishReason.STOP if with_eos else FinishReason.LENGTH
+    return ScriptedEngine(tokens(*([i] for i in ids), finish=finish, cached=16))

@@ -11,14 +11,14 @@ import anthropic
 import pytest
 from anthropic import AsyncAnthropic
 
-from scheduler.messages import EngineOutput, FinishReason, Request
+from scheduler.messages import EngineOutput, Request
 from server.api_keys import api_key
 from server.app import create_app
 from server.config import ServerConfig
 from server.errors import EngineDeadError
 from server.tokenizer import Tokenizer
-from tests.server.http_client import MODEL, api, serving
-from tests.server.in_process_engine import ScriptedEngine, tokens
+from tests.server.http_client import MODEL, api, named_events, serving
+from tests.server.in_process_engine import ScriptedEngine, scripted_text
 
 HELLO = [{"role": "user", "content": "Hi"}]
 TEXT = "Paris is 🙂 the capital."
@@ -26,10 +26,7 @@ BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 50, "messages": HELLO}
 
 
 def _scripted(tokenizer: Tokenizer, text: str = TEXT, *, with_eos: bool = True) -> ScriptedEngine:
-    """Generates ``text`` token by token; 16 tokens of the prompt were cached."""
-    ids = [*tokenizer.encode(text), *([min(tokenizer.eos_token_ids)] if with_eos else [])]
-    finish = FinishReason.STOP if with_eos else FinishReason.LENGTH
-    return ScriptedEngine(tokens(*([i] for i in ids), finish=finish, cached=16))
+    return scripted_text(tokenizer, text, with_eos=with_eos)
 
 
 @asynccontextmanager
@@ -41,15 +38,6 @@ async def _client(
         AsyncAnthropic(base_url=f"http://127.0.0.1:{port}", api_key=key, max_retries=0) as client,
     ):
         yield client
-
-
-def _events(body: str) -> list[tuple[str, dict[str, Any]]]:
-    """The name and the data of each event of a stream."""
-    events = []
-    for event in body.removesuffix("\n\n").split("\n\n"):
-        name, data = event.split("\n")
-        events.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
-    return events
 
 
 async def test_the_client_whole(tokenizer: Tokenizer) -> None:
@@ -82,7 +70,7 @@ async def test_the_order_of_events(tokenizer: Tokenizer) -> None:
     async with api(_scripted(tokenizer), tokenizer) as client:
         response = await client.post("/v1/messages", json=BODY | {"stream": True})
     assert response.headers["content-type"].startswith("text/event-stream")
-    events = _events(response.text)
+    events = named_events(response.text)
     names = [name for name, _ in events]
     assert names[:3] == ["message_start", "ping", "content_block_start"]
     assert names[-3:] == ["content_block_stop", "message_delta", "message_stop"]
@@ -96,7 +84,7 @@ async def test_the_order_of_events(tokenizer: Tokenizer) -> None:
 async def test_an_answer_without_text_has_a_block(tokenizer: Tokenizer) -> None:
     async with api(_scripted(tokenizer, ""), tokenizer) as client:
         response = await client.post("/v1/messages", json=BODY | {"stream": True})
-        names = [name for name, _ in _events(response.text)]
+        names = [name for name, _ in named_events(response.text)]
         assert names[2:4] == ["content_block_start", "content_block_stop"]
         whole = (await client.post("/v1/messages", json=BODY)).json()
     assert whole["content"] == [{"type": "text", "text": ""}]
@@ -110,7 +98,7 @@ async def test_reasons_to_stop(tokenizer: Tokenizer, stream: bool) -> None:
         if not stream:
             message = response.json()
             return message["content"][0]["text"], message["stop_reason"], message["stop_sequence"]
-        events = _events(response.text)
+        events = named_events(response.text)
         text = "".join(data["delta"]["text"] for name, data in events if name == "content_block_delta")
         delta = events[-2][1]["delta"]
         return text, delta["stop_reason"], delta["stop_sequence"]
@@ -215,7 +203,7 @@ async def test_thinking_text_and_calls(thinking: Tokenizer) -> None:
 async def test_blocks_are_told_one_after_the_other(thinking: Tokenizer) -> None:
     async with api(_scripted(thinking, f"<think>Hm.</think>I look.{CALL}"), thinking) as client:
         response = await client.post("/v1/messages", json=BODY | {"stream": True, "tools": [WEATHER]})
-    told = [(name, data["index"]) for name, data in _events(response.text) if name.startswith("content")]
+    told = [(name, data["index"]) for name, data in named_events(response.text) if name.startswith("content")]
     assert [index for _, index in told] == sorted(index for _, index in told)
     for index in range(3):
         names = [name for name, i in told if i == index]
@@ -313,7 +301,7 @@ async def test_what_coding_agents_send(thinking: Tokenizer) -> None:
     async with api(_scripted(thinking, f"<think>Hm.</think>{CALL}"), thinking) as client:
         headers = {"anthropic-version": "2023-06-01", "anthropic-beta": "x,y", "x-api-key": "none"}
         response = await client.post("/v1/messages?beta=true", json=body, headers=headers)
-    names = [name for name, _ in _events(response.text)]
+    names = [name for name, _ in named_events(response.text)]
     assert names[-1] == "message_stop"
     assert names.count("content_block_start") == 2
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -21,17 +20,14 @@ from server.app import create_app
 from server.background_responses import BackgroundResponses
 from server.config import ServerConfig
 from server.tokenizer import Tokenizer
-from tests.server.http_client import MODEL, api, serving
-from tests.server.in_process_engine import ScriptedEngine, tokens
+from tests.server.http_client import MODEL, api, named_events, serving
+from tests.server.in_process_engine import ScriptedEngine, scripted_text
 
 TEXT = "Paris is 🙂 the capital."
 
 
 def _scripted(tokenizer: Tokenizer, text: str = TEXT, *, with_eos: bool = True) -> ScriptedEngine:
-    """Generates ``text`` token by token; 16 tokens of the prompt were cached."""
-    ids = [*tokenizer.encode(text), *([min(tokenizer.eos_token_ids)] if with_eos else [])]
-    finish = FinishReason.STOP if with_eos else FinishReason.LENGTH
-    return ScriptedEngine(tokens(*([i] for i in ids), finish=finish, cached=16))
+    return scripted_text(tokenizer, text, with_eos=with_eos)
 
 
 @asynccontextmanager
@@ -43,15 +39,6 @@ async def _client(
         AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0) as client,
     ):
         yield client
-
-
-def _events(body: str) -> list[tuple[str, dict[str, Any]]]:
-    """The name and the data of each event of a stream."""
-    events = []
-    for event in body.removesuffix("\n\n").split("\n\n"):
-        name, data = event.split("\n")
-        events.append((name.removeprefix("event: "), json.loads(data.removeprefix("data: "))))
-    return events
 
 
 async def test_the_client_whole(tokenizer: Tokenizer) -> None:
@@ -98,7 +85,7 @@ async def test_the_order_of_events(tokenizer: Tokenizer) -> None:
     async with api(_scripted(tokenizer), tokenizer) as client:
         response = await client.post("/v1/responses", json={"input": "Hi", "stream": True})
         assert response.headers["content-type"].startswith("text/event-stream")
-        events = _events(response.text)
+        events = named_events(response.text)
         stored = (await client.get(f"/v1/responses/{events[0][1]['response']['id']}")).json()
     names = [name for name, _ in events]
     assert names[:4] == [
@@ -129,7 +116,7 @@ async def test_an_answer_that_is_cut_off(tokenizer: Tokenizer, stream: bool) -> 
     async with api(_scripted(tokenizer, with_eos=False), tokenizer) as client:
         answer = await client.post("/v1/responses", json={"input": "Hi", "stream": stream})
     if stream:
-        name, data = _events(answer.text)[-1]
+        name, data = named_events(answer.text)[-1]
         assert name == "response.incomplete"
     response = data["response"] if stream else answer.json()
     assert (response["status"], response["completed_at"]) == ("incomplete", None)
@@ -142,7 +129,7 @@ async def test_an_answer_without_text(tokenizer: Tokenizer) -> None:
         whole = (await client.post("/v1/responses", json={"input": "Hi"})).json()
         streamed = await client.post("/v1/responses", json={"input": "Hi", "stream": True})
     assert whole["output"][0]["content"][0]["text"] == ""
-    assert "response.output_item.done" in [name for name, _ in _events(streamed.text)]
+    assert "response.output_item.done" in [name for name, _ in named_events(streamed.text)]
 
 
 async def test_a_conversation(tokenizer: Tokenizer) -> None:
@@ -235,7 +222,7 @@ async def test_logprobs(tokenizer: Tokenizer) -> None:
     body = {"input": "Hi", "include": ["message.output_text.logprobs"], "top_logprobs": 2}
     async with api(ScriptedEngine(script), tokenizer) as client:
         whole = (await client.post("/v1/responses", json=body)).json()
-        streamed = _events((await client.post("/v1/responses", json=body | {"stream": True})).text)
+        streamed = named_events((await client.post("/v1/responses", json=body | {"stream": True})).text)
         plain = (await client.post("/v1/responses", json={"input": "Hi"})).json()
     logprobs = whole["output"][0]["content"][0]["logprobs"]
     assert "".join(record["token"] for record in logprobs) == "Paris."
@@ -330,7 +317,7 @@ async def test_a_stream_that_fails(tokenizer: Tokenizer) -> None:
     engine.script = breaks
     async with api(engine, tokenizer) as client:
         streamed = await client.post("/v1/responses", json={"input": "Hi", "stream": True})
-        name, data = _events(streamed.text)[-1]
+        name, data = named_events(streamed.text)[-1]
         stored = (await client.get(f"/v1/responses/{data['response']['id']}")).json()
         whole = await client.post("/v1/responses", json={"input": "Hi"})
         engine.is_ready = False
