@@ -18,7 +18,7 @@ chat: $(VENV)/.installed ## talk to the running server in the terminal
 	@$(BIN)/inflightd chat $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests (ARGS="tests/scheduler -k prefix")
-	$(BIN)/python -m pytest $(ARGS)
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadgroup $(ARGS)
 
 check: $(VENV)/.installed-dev ## lint, formatting, strict types
 	$(BIN)/ruff check .
@@ -41,7 +41,7 @@ gemma: $(VENV)/.installed-dev ## fetch Gemma 3 270M (240 MB, Gemma terms) and co
 
 reference: ## record again what transformers + torch answer (makes a venv of its own with torch)
 	$(PYTHON) -m venv .venv-reference
-	.venv-reference/bin/python -m pip install -q torch==2.13.0 accelerate -e .
+	.venv-reference/bin/python -m pip install -q torch==2.13.0 accelerate -e '.[cpu]'
 	.venv-reference/bin/python -m tests.reference.record
 
 clean: ## remove the virtual environments and caches of this folder
@@ -54,10 +54,10 @@ $(BIN)/python:
 
 $(VENV)/.installed: pyproject.toml | $(BIN)/python
 	@echo "Installing inflightd into $(VENV) (once) ..."
-	@$(PIP) install --quiet --editable .
+	@$(PIP) install --quiet --editable '.[cpu]'
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing inflightd and its test tools into $(VENV) (once) ..."
-	@$(PIP) install --quiet --editable '.[dev,gpu,kernels]'
+	@$(PIP) install --quiet --editable '.[dev,cpu,gpu,kernels]'
 	@touch $@ $(VENV)/.installed

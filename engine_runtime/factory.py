@@ -44,6 +44,11 @@ def create_executor(config: RuntimeConfig, progress: Progress | None = None) -> 
                 made = None
             if made is not None:
                 return made
+        for name in ("onnxruntime", "numba"):
+            if importlib.util.find_spec(name) is None:
+                raise DeviceError(
+                    f"no GPU is used, and the CPU needs more packages ({name}): pip install 'inflightd[cpu]'"
+                )
         from engine_runtime.executors.onnxruntime.factory import create_cpu_executor
 
         return create_cpu_executor(config, checkpoint, report)

@@ -15,6 +15,14 @@ from server.model_source import fetch_default_model
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Several processes run the tests: what shares costly fixtures, a file or one server, stays in one."""
+    for item in items:
+        folder = item.path.parent.name
+        item.add_marker(pytest.mark.xdist_group(folder if folder == "end_to_end" else str(item.path)))
+
+
 @pytest.fixture(scope="session")
 def smollm2_path() -> Path:
     """The GGUF file of the embedded default model, fetched once into the user's cache."""

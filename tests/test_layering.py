@@ -94,5 +94,7 @@ def test_the_running_processes_load_their_own_half_only() -> None:
         return set(done.stdout.split())
 
     assert not loaded("server.app") & {"onnxruntime", "numba", "onnx", "torch", "triton", "engine_runtime"}
+    gpu = loaded("engine_runtime.executors.tensorrt.factory")
+    assert not gpu & {"onnxruntime", "numba", "llvmlite", "torch", "triton", "transformers"}
     engine = loaded("engine_runtime.factory")
     assert not engine & {"fastapi", "uvicorn", "transformers", "torch", "triton", "server"}

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 from pathlib import Path
 from typing import Any
 
@@ -127,3 +128,15 @@ def test_a_cpu_refuses_what_only_a_gpu_does(arguments: dict[str, Any], message: 
     path = write_tiny_checkpoint("llama", tmp_path)
     with pytest.raises(DeviceError, match=message):
         create_executor(RuntimeConfig(path, device="cpu", **arguments))
+
+
+@pytest.mark.parametrize("missing", ["onnxruntime", "numba"])
+def test_a_gpu_installation_without_a_gpu_says_what_to_install(
+    missing: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == missing else find_spec(name)
+    )
+    with pytest.raises(DeviceError, match=rf"{missing}.*inflightd\[cpu\]"):
+        create_executor(RuntimeConfig(write_tiny_checkpoint("llama", tmp_path), device="cpu"))
