@@ -1,6 +1,6 @@
 """What README.md and docs/curl.md tell to type, run as it stands against a real server process.
 
-Only the address is another one. Programs in Python run one after the other in one namespace, as a reader would
+Only the address is another one. Programs in Python run one after the other in one namespace, as readers would
 paste them.
 """
 

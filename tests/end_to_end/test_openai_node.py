@@ -1,6 +1,6 @@
 """The official OpenAI client for JavaScript against a real server process with the real default model.
 
-The package is fetched once with npm into the user's cache. Without node, npm or a registry they can reach, the
+The package is fetched once with npm into the user's cache. Without node, npm or a registry that they reach, the
 tests are skipped.
 """
 
