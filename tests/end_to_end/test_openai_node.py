@@ -1,7 +1,7 @@
 """The official OpenAI client for JavaScript against a real server process with the real default model.
 
-The package is fetched once with npm into the user's cache. Without node, npm or a registry that they reach, the
-tests are skipped.
+The package is fetched once with npm into the user's cache. Without node, npm or a registry that
+answers, the tests are skipped.
 """
 
 from __future__ import annotations
