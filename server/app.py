@@ -12,8 +12,10 @@ from server.config import ServerConfig
 from server.cors import Cors
 from server.engine_protocol import EngineClient
 from server.errors import ApiError, MethodNotAllowedError, UnknownUrlError, excerpt
+from server.fields import refuse_unknown
 from server.grammar_check import GrammarCheck
 from server.guard import Guard, api_error
+from server.idempotency import Idempotency
 from server.metrics import Metrics
 from server.model_formats import model_formats
 from server.response_database import ResponseDatabase
@@ -57,7 +59,7 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
         tokenization,
         StructuredOutput(check, tokenizer.special_token_names),
         config.served_model_names,
-        metrics.count_unknown_field,
+        refuse_unknown if config.strict_fields else metrics.count_unknown_field,
         formats,
     )
     # No documentation pages: they load scripts from elsewhere.
@@ -80,6 +82,7 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
         app.include_router(routes.router)
     app.add_exception_handler(ApiError, _answer_api_error)
     app.add_exception_handler(HTTPException, _answer_http_exception)
+    app.add_middleware(Idempotency)
     cors = Cors(config.allowed_origins)
     app.add_middleware(
         Guard,

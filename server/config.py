@@ -81,6 +81,10 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
+def _switch(text: str) -> bool:
+    return _one_of("on", "off")(text) == "on"
+
+
 def _metric_prefix(text: str) -> str:
     prefix = text.removesuffix(":")
     if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", prefix):
@@ -231,6 +235,13 @@ class ServerConfig:
     max_body_bytes: int = _flag(
         32 * 2**20, _size, "largest request body (default: 32MiB)", group="server", metavar="SIZE"
     )
+    strict_fields: bool = _flag(
+        False,
+        _switch,
+        "answer 400 to fields that no API of this server has; off (default) ignores and counts them",
+        group="server",
+        metavar="on|off",
+    )
     metrics_prefix: str = _flag(
         "inflightd",
         _metric_prefix,
@@ -266,6 +277,13 @@ class ServerConfig:
         "seconds that running requests get to finish after SIGTERM",
         group="server",
         metavar="SECONDS",
+    )
+    debug_faults: bool = _flag(
+        False,
+        _switch,
+        "for tests: the variable INFLIGHTD_FAULTS may make steps of the engine fail (default: off)",
+        group="server",
+        metavar="on|off",
     )
     log_level: str = _flag(
         "info",
@@ -392,6 +410,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         group.add_argument(
             "--" + setting.name.replace("_", "-"),
             metavar=meta["metavar"] or setting.name.upper(),
+            **({"nargs": "?", "const": "on"} if meta["parse"] is _switch else {}),
             help=shown.replace("%", "%%"),
         )
 

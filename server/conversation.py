@@ -63,5 +63,5 @@ def chat_request(fields: dict[str, Any]) -> ChatCompletionRequest:
         chat = ChatCompletionRequest.model_validate(given)
     except ValidationError as error:
         raise invalid_field(error) from None
-    check_fields(chat, lambda name: None)
+    check_fields(chat, lambda path: None)
     return chat

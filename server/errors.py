@@ -77,6 +77,12 @@ class UnsupportedParameterError(InvalidRequestError):
     default_code = "unsupported_parameter"
 
 
+class UnknownParameterError(InvalidRequestError):
+    """A field that nobody knows, where the operator wants that told."""
+
+    default_code = "unknown_parameter"
+
+
 class ContextLengthError(InvalidRequestError):
     default_code = "context_length_exceeded"
 
@@ -112,6 +118,15 @@ class UnknownUrlError(InvalidRequestError):
 class MethodNotAllowedError(InvalidRequestError):
     status = 405
     default_code = "method_not_allowed"
+
+
+class ConflictError(InvalidRequestError):
+    """An ``Idempotency-Key`` that another request has. To try again helps only if the headers say so."""
+
+    status = 409
+
+    def __init__(self, message: str, *, code: str, headers: Mapping[str, str] | None = None) -> None:
+        super().__init__(message, code=code, headers={"x-should-retry": "false", **(headers or {})})
 
 
 class RequestTimeoutError(InvalidRequestError):

@@ -1,16 +1,17 @@
 """Fields of the OpenAI and vLLM APIs that are known here but not honoured, and those that nobody knows.
 
 A known field is refused unless its value asks for nothing, so that no client believes that its schema or its
-tools were used. An unknown field is ignored, and counted.
+tools were used. An unknown field is ignored, and counted; with ``--strict-fields`` it is refused.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from server.anthropic_protocol import CountTokensRequest, MessagesRequest, TextBlock
-from server.errors import UnsupportedParameterError
+from server.errors import UnknownParameterError, UnsupportedParameterError, excerpt
 from server.protocol import (
     AssistantMessage,
     ChatCompletionRequest,
@@ -95,6 +96,7 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
     FunctionTool: {"defer_loading": (False,), "async": (False,), "allowed_callers": (["direct"],)},
     TextBlock: {"citations": ([],)},
 }
+_PLAIN_NAME = re.compile(r"[A-Za-z0-9_.-]{1,64}")
 # Known, and ignored on purpose: they change nothing about the answer.
 _IGNORED = frozenset(
     {
@@ -114,37 +116,51 @@ _IGNORED = frozenset(
 )
 
 
-def check_fields(body: ModelFields, count_unknown: Callable[[str], None]) -> None:
+Path = tuple[str | int, ...]
+
+
+def check_fields(body: ModelFields, on_unknown: Callable[[Path], None]) -> None:
     """Goes through the fields of a request that the wire models do not list.
+
+    Args:
+        on_unknown: gets the path of each field that nobody knows; see ``refuse_unknown``.
 
     Raises:
         UnsupportedParameterError: naming the first field that asks for something this server does not do.
     """
-    _check(body, (), count_unknown, {"best_of": body.n} if isinstance(body, SamplingFields) else {})
-    _check_within(body, (), count_unknown)
+    _check(body, (), on_unknown, {"best_of": body.n} if isinstance(body, SamplingFields) else {})
+    _check_within(body, (), on_unknown)
 
 
-def _check_within(
-    model: WireModel, path: tuple[str | int, ...], count_unknown: Callable[[str], None]
-) -> None:
+def refuse_unknown(path: Path) -> None:
+    """For ``check_fields`` of a strict server. Raises UnknownParameterError."""
+    *parents, name = path
+    # The name is the client's own text, of any length.
+    is_plain = isinstance(name, str) and _PLAIN_NAME.fullmatch(name) is not None
+    param = field_path(path if is_plain else parents) or None
+    where = f" in '{field_path(parents)}'" if parents else ""
+    raise UnknownParameterError(f"Unknown parameter: {excerpt(str(name))}{where}. Leave it out.", param=param)
+
+
+def _check_within(model: WireModel, path: Path, on_unknown: Callable[[Path], None]) -> None:
     """Checks the objects inside ``model``, however deep."""
     for name in type(model).model_fields:
         value = getattr(model, name)
         if isinstance(value, WireModel):
-            parts: list[tuple[WireModel, tuple[str | int, ...]]] = [(value, (*path, name))]
+            parts: list[tuple[WireModel, Path]] = [(value, (*path, name))]
         elif isinstance(value, list) and value and isinstance(value[0], WireModel):
             parts = [(part, (*path, name, index)) for index, part in enumerate(value)]
         else:
             continue
         for part, where in parts:
-            _check(part, where, count_unknown, {})
-            _check_within(part, where, count_unknown)
+            _check(part, where, on_unknown, {})
+            _check_within(part, where, on_unknown)
 
 
 def _check(
     model: WireModel,
-    path: Sequence[str | int],
-    count_unknown: Callable[[str], None],
+    path: Path,
+    on_unknown: Callable[[Path], None],
     also_allowed: Mapping[str, Any],
 ) -> None:
     if not model.model_extra:
@@ -161,7 +177,7 @@ def _check(
                 f"'{param}'{hint} is not supported by this server. Leave it out.", param=param
             )
         if name not in _IGNORED:
-            count_unknown(name)
+            on_unknown((*path, name))
 
 
 def _shown(value: Any) -> str:

@@ -21,6 +21,7 @@ from server.admission import Admission
 from server.api_keys import cache_scope
 from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
+from server.fields import Path
 from server.grammar_check import GrammarCheck
 from server.histogram import Histogram, one_two_five_buckets
 from server.logs import log_request
@@ -99,8 +100,9 @@ class Metrics(Collector):
     def num_running(self) -> int:
         return self._engine.stats.num_running
 
-    def count_unknown_field(self, name: str) -> None:
+    def count_unknown_field(self, path: Path) -> None:
         """The first few plain names are told apart, all others are one."""
+        name = str(path[-1])
         if name not in self._unknown_fields and (
             len(self._unknown_fields) >= _MAX_FIELD_NAMES or not _FIELD_NAME.fullmatch(name)
         ):

@@ -21,7 +21,7 @@ from server.context import far_too_long, max_tokens_of, prompt_limit, truncated
 from server.engine_protocol import EngineClient
 from server.errors import InvalidRequestError, ModelNotFoundError, excerpt
 from server.field_errors import invalid_field
-from server.fields import check_fields
+from server.fields import Path, check_fields
 from server.json_body import OFF_LOOP_BYTES
 from server.model_formats import ModelFormats, model_formats
 from server.parsing.output_parser import OutputSyntax
@@ -58,7 +58,7 @@ class Validator:
         tokenization: Tokenization,
         structured_output: StructuredOutput,
         served_model_names: Sequence[str],
-        count_unknown: Callable[[str], None],
+        on_unknown_field: Callable[[Path], None],
         formats: ModelFormats | None = None,
     ) -> None:
         """``formats`` are those of the model's answers; None finds them out from its chat template."""
@@ -66,7 +66,7 @@ class Validator:
         self._tokenization = tokenization
         self.structured_output = structured_output
         self._served_model_names = tuple(served_model_names)
-        self._count_unknown = count_unknown
+        self._on_unknown_field = on_unknown_field
         if formats is None:
             formats = model_formats(tokenization.tokenizer.chat_template)
         self.chat_prompts = ChatPrompts(tokenization, formats)
@@ -210,7 +210,7 @@ class Validator:
                 f"{', '.join(self._served_model_names)}.",
                 param="model",
             )
-        check_fields(wire, self._count_unknown)
+        check_fields(wire, self._on_unknown_field)
         return wire
 
     async def _sampling(self, model: type[S], body: dict[str, Any], num_bytes: int) -> S:

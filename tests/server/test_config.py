@@ -21,6 +21,13 @@ def test_a_flag_beats_its_variable_and_a_variable_beats_the_default() -> None:
     assert configure("--port", "9001", environment={"INFLIGHTD_PORT": "9000"}).port == 9001
     assert configure(environment={"INFLIGHTD_MODEL": "m.gguf"}).model == "m.gguf"
     assert configure("n.gguf", environment={"INFLIGHTD_MODEL": "m.gguf"}).model == "n.gguf"
+    assert [
+        configure(*flags).strict_fields for flags in ((), ("--strict-fields",), ("--strict-fields", "off"))
+    ] == [
+        False,
+        True,
+        False,
+    ]
 
 
 def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
@@ -48,12 +55,14 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "allowed_origins": ("https://A.example, *", ("https://a.example", "*")),
         "responses_db": ("/data/responses.db", "/data/responses.db"),
         "max_body_bytes": ("1MiB", 2**20),
+        "strict_fields": ("on", True),
         "metrics_prefix": ("vllm:", "vllm"),
         "chat_page": ("off", "off"),
         "metrics_compat": ("tgi", "tgi"),
         "log_format": ("json", "json"),
         "pre_stop_seconds": ("2", 2),
         "shutdown_timeout": ("3", 3),
+        "debug_faults": ("on", True),
         "log_level": ("debug", "debug"),
         "kv_cache_bytes": ("2G", 2 * 10**9),
         "gpu_memory_utilization": ("0.5", 0.5),

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from server.config import ServerConfig
 from server.tokenizer import Tokenizer
 from tests.server.http_client import MODEL, api, chat
 from tests.server.in_process_engine import ScriptedEngine, tokens
@@ -331,6 +332,25 @@ async def test_unknown_fields_are_ignored_and_counted_under_bounded_names(tokeni
             assert (await client.post("/v1/chat/completions", json=chat(**many))).status_code == 200
         page = (await client.get("/metrics")).text
     assert page.count("request_unknown_fields_total{") <= 33
+
+
+async def test_a_strict_server_refuses_unknown_fields(tokenizer: Tokenizer) -> None:
+    engine = ScriptedEngine(tokens([1]))
+    async with api(engine, tokenizer, ServerConfig(strict_fields=True)) as client:
+        part = {"type": "text", "text": "Hi", "colour": "red"}
+        rows: list[tuple[str, dict[str, Any], str | None]] = [
+            ("/v1/chat/completions", chat(frobnicate=1), "frobnicate"),
+            ("/v1/chat/completions", chat([part]), "messages[0].content[0].colour"),
+            ("/v1/chat/completions", chat(**{"\x1b[31m" * 1000: 1}), None),
+            ("/v1/completions", {"prompt": "a", "frobnicate": None}, "frobnicate"),
+            ("/v1/responses", {"input": "a", "frobnicate": 1}, "frobnicate"),
+            ("/v1/embeddings", {"input": "a", "frobnicate": 1}, "frobnicate"),
+        ]
+        for path, body, param in rows:
+            _check_error(await client.post(path, json=body), param, "unknown_parameter")
+        assert engine.requests == []
+        known = chat(metadata={"a": "b"}, store=False, user="me", prompt_cache_key="x", top_k=3)
+        assert (await client.post("/v1/chat/completions", json=known)).status_code == 200
 
 
 async def test_fields_that_are_known_and_change_nothing_are_not_counted(tokenizer: Tokenizer) -> None:
