@@ -56,8 +56,8 @@ class EngineCore:
     def step(self) -> EngineOutputs:
         """Schedules and hands over one step; waits for the oldest in flight if no more may be.
 
-        Returns at once if there is no work. A step that fails ends its own sequences with ERROR; the next one
-        runs normally.
+        Returns at once if there is no work. The sequences of a step that fails are tried again in smaller
+        steps, until those at fault are alone and end with ERROR.
 
         Raises:
             ExecutorLostError: the device is lost, and with it all that runs.

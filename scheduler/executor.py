@@ -12,6 +12,10 @@ class ExecutorLostError(Exception):
     """The device is of no use any more: only a new process can go on. Raised by the future of a step."""
 
 
+class OutOfDeviceMemoryError(Exception):
+    """The device had no memory for a step, and is as it was before it. Raised by the future of the step."""
+
+
 class Executor(Protocol):
     """Runs steps in the order in which they are handed over.
 

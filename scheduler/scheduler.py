@@ -7,6 +7,8 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from scheduler.block_pool import BlockPool
+from scheduler.executor import OutOfDeviceMemoryError
+from scheduler.failed_steps import FailedSteps
 from scheduler.grammars import Grammars
 from scheduler.messages import (
     EngineOutput,
@@ -32,6 +34,7 @@ class _Step:
     shares: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
     new: list[NewSequence] = field(default_factory=list)
     has_preempted: bool = False
+    is_retry: bool = False
 
 
 class Scheduler:
@@ -57,6 +60,7 @@ class Scheduler:
         self._config = config
         self._grammars = grammars
         self._pool = BlockPool(config.num_blocks, config.block_size, config.cache_seed)
+        self._failed = FailedSteps(config.max_num_seqs)
         self._waiting = WaitingQueue()
         # In order of admission: a prompt in chunks takes all the budget that is left, so all who decode stand
         # before it and get their token first.
@@ -116,10 +120,11 @@ class Scheduler:
         """The next step, or None if there is nothing to compute (before the steps in flight are done)."""
         for request, error in self._grammars.take_prepared():
             self._enqueue(request, error)
-        step = _Step(self._config.max_num_batched_tokens)
-        self._schedule_running(step)
-        if not step.has_preempted:
-            self._admit(step)
+        step = _Step(self._config.max_num_batched_tokens, is_retry=bool(self._failed))
+        self._fill(step)
+        if step.is_retry and not step.shares:
+            step.is_retry = False
+            self._fill(step)
         if not step.shares:
             return None
         self._num_issued_steps += 1
@@ -136,12 +141,22 @@ class Scheduler:
             self._grammars.masks(step.shares.values()),
         )
 
+    def _fill(self, step: _Step) -> None:
+        self._schedule_running(step)
+        if not step.has_preempted:
+            self._admit(step)
+
+    def _may_join(self, sequence: Sequence, step: _Step) -> bool:
+        return not self._failed or self._failed.allows(sequence, step.shares, is_retry=step.is_retry)
+
     def _schedule_running(self, step: _Step) -> None:
         block_size = self._config.block_size
         for sequence in tuple(self._running):
             if not step.budget:
                 return
             if not sequence.is_running:  # preempted a moment ago, for one before it
+                continue
+            if not self._may_join(sequence, step):
                 continue
             if sequence.num_tokens == sequence.max_num_tokens:  # its last token is in flight
                 continue
@@ -205,8 +220,10 @@ class Scheduler:
         sequence: it would be the first to be preempted when one of them grows, and its work lost.
         """
         pool, running = self._pool, self._running
-        while step.budget and self._waiting and len(running) < self._config.max_num_seqs:
+        while step.budget and self._waiting and len(running) < self._failed.max_running:
             sequence = self._waiting.first
+            if not self._may_join(sequence, step):
+                return
             if sequence.resume_after_step > self._num_completed_steps or pool.num_free <= len(running):
                 return
             hits = self._match_prefix(sequence)
@@ -264,12 +281,14 @@ class Scheduler:
         ]:
             self.fail(step, RuntimeError(f"the result of step {result.step_id} does not answer it"))
             return
+        self._failed.count_step()
         block_size = self._config.block_size
         prompt_logprobs = dict(result.prompt_logprobs)
         sampled = iter(result.sampled)
         for share, sequence in zip(step.scheduled, self._pop_in_flight(step), strict=True):
             token = next(sampled) if share.samples else None
-            if sequence.is_finished:  # while the step was in flight: what it computed is dropped
+            # Ended, or lost with another step, while this one was in flight: what it computed is dropped.
+            if sequence.is_finished or step.step_id <= sequence.lost_until_step:
                 continue
             num_full_blocks = (share.start + share.num_tokens) // block_size
             if num_full_blocks > sequence.num_indexed_blocks and sequence.is_running:
@@ -280,10 +299,26 @@ class Scheduler:
                 self._append(sequence, token)
 
     def fail(self, step: SchedulerOutput, error: Exception) -> None:
-        """Ends all sequences of the oldest step in flight with ERROR. None of its blocks is indexed yet."""
-        for sequence in self._pop_in_flight(step):
-            if not sequence.is_finished:
+        """Sends the sequences of the oldest step in flight back, to be tried again (see ``FailedSteps``).
+
+        Those that are given up end with ERROR. None of the step's blocks is indexed yet.
+        """
+        lost = [
+            sequence
+            for sequence in self._pop_in_flight(step)
+            if not sequence.is_finished and step.step_id > sequence.lost_until_step
+        ]
+        given_up = self._failed.take(lost, had_no_memory=isinstance(error, OutOfDeviceMemoryError))
+        for sequence in lost:
+            if sequence in given_up:
                 self._end(sequence, FinishReason.ERROR, f"{type(error).__name__}: {error}")
+                continue
+            sequence.lost_until_step = sequence.resume_after_step = self._num_issued_steps
+            sequence.num_tokens = len(sequence.token_ids)
+            if sequence.is_running:
+                sequence.num_lost_tokens = sequence.num_computed_tokens
+                self._leave_running(sequence)
+                self._waiting.add(sequence)
 
     def take_outputs(self) -> tuple[EngineOutput, ...]:
         """What has happened to requests since the last call."""
@@ -320,6 +355,7 @@ class Scheduler:
             if forced and sequence.is_running:
                 self._forced[sequence.request_id] = forced
             token_ids += forced
+        self._failed.discard(sequence)
         params = sequence.request.params
         is_first = len(sequence.token_ids) == sequence.num_prompt_tokens + len(token_ids)
         self._outputs.append(
@@ -352,6 +388,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         sequence.is_finished = True
         del self._sequences[sequence.request_id]
+        self._failed.discard(sequence)
         if sequence.has_grammar:
             self._grammars.forget(sequence.request_id)
         if sequence.is_running:
@@ -397,6 +434,7 @@ class Scheduler:
         assert {id(s) for s in running + waiting} == {id(s) for s in self._sequences.values()}, (
             "lost sequence"
         )
+        self._failed.check_invariants(self._sequences.values())
         assert len(running) + len(waiting) == len(self._sequences), "a sequence is in two places"
         assert [s.order for s in waiting] == sorted(s.order for s in waiting), "the queue is out of order"
         assert len(self._in_flight) == self._num_issued_steps - self._num_completed_steps, "lost step"

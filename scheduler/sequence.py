@@ -25,6 +25,8 @@ class Sequence:
         prompt_logprobs: records for prompt tokens 1, 2, ... as far as they have arrived.
         resume_after_step: id of the last step issued before the sequence was preempted: until its result
             is known, tokens of the sequence may be missing, so it is not admitted again.
+        lost_until_step: results of steps up to this one are dropped, since one of them failed.
+        num_failures: failed steps that the sequence was in.
         num_lost_tokens: computed tokens of a sequence that was preempted, until it is admitted again.
         is_running: holds blocks, and the executor knows it.
         has_grammar: the next token may be sampled only when the last one is known.
@@ -37,10 +39,12 @@ class Sequence:
         "has_grammar",
         "is_finished",
         "is_running",
+        "lost_until_step",
         "max_num_tokens",
         "min_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_failures",
         "num_indexed_blocks",
         "num_lost_tokens",
         "num_prompt_tokens",
@@ -71,6 +75,8 @@ class Sequence:
         self.num_indexed_blocks = 0
         self.num_cached_tokens = 0
         self.num_lost_tokens = 0
+        self.lost_until_step = 0
+        self.num_failures = 0
         self.first_scheduled_time = 0.0
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.resume_after_step = 0

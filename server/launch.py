@@ -37,6 +37,7 @@ _log = logging.getLogger(__name__)
 # Without this, a closed connection would wait for ever to send its rest to a client that reads no more.
 _UNSENT_TIMEOUT_MS = 30_000
 _BACKLOG = 2048
+FAULTS_VARIABLE = "INFLIGHTD_FAULTS"
 
 
 class LaunchError(Exception):
@@ -281,11 +282,14 @@ def run_engine(address: str, parent_id: int) -> int:
         )
         from engine_runtime.grammars.matchers import GrammarMatchers
         from scheduler.engine_core import EngineCore
-        from scheduler.executor import ExecutorLostError
+        from scheduler.executor import Executor, ExecutorLostError
+        from scheduler.faults import FaultsError, FaultyExecutor, parse_faults
 
         config: ServerConfig = start.config
         began = time.monotonic()
+        executor: Executor
         try:
+            faults = parse_faults(os.environ.get(FAULTS_VARIABLE, "")) if config.debug_faults else ()
             executor, plan = create_executor(
                 RuntimeConfig(
                     model_path=Path(start.model_path),
@@ -303,9 +307,12 @@ def run_engine(address: str, parent_id: int) -> int:
                 ),
                 end.progress(),
             )
-        except (CheckpointError, DeviceError, MemoryPlanError) as error:
+        except (CheckpointError, DeviceError, MemoryPlanError, FaultsError) as error:
             end.send(Kind.FAILED, str(error))
             return 1
+        if faults:
+            _log.warning("faults are injected, since --debug-faults is on: %s", faults)
+            executor = FaultyExecutor(executor, faults)
         grammars = GrammarMatchers(executor.spec.vocab_size, end.wake)
         core = EngineCore(executor, grammars)
         # What was loaded stays: the collector need not walk it again in the middle of a step.

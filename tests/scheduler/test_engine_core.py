@@ -81,9 +81,7 @@ def test_two_steps_are_in_flight_if_the_executor_allows_it() -> None:
 
 
 @IN_FLIGHT
-def test_a_failed_step_ends_its_sequences_and_the_next_runs(
-    max_in_flight: int, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_the_sequences_of_a_failed_step_go_on(max_in_flight: int, caplog: pytest.LogCaptureFixture) -> None:
     executor = HashingExecutor(
         64, 4, max_num_seqs=2, max_num_batched_tokens=100, max_in_flight=max_in_flight, fail_at_steps=(3,)
     )
@@ -94,16 +92,9 @@ def test_a_failed_step_ends_its_sequences_and_the_next_runs(
     outputs = drain(engine)
     assert "step 3 of 2 sequences failed" in caplog.text
     assert "Traceback" in caplog.text
-    for one in requests[:2]:
-        last = outputs[one.request_id][-1]
-        assert (last.finish_reason, last.error) == (
-            FinishReason.ERROR,
-            "RuntimeError: step 3 was told to fail",
-        )
-        assert len(tokens(outputs[one.request_id])) == 2
-    spec = HashingExecutor(64, 4).spec
-    for one in requests[2:]:
-        assert tokens(outputs[one.request_id]) == run_alone(one, spec)[0]
+    for one in requests:
+        assert tokens(outputs[one.request_id]) == run_alone(one, executor.spec)[0]
+        assert outputs[one.request_id][-1].finish_reason is FinishReason.LENGTH
     assert engine.stats.kv_cache_usage == 0
     engine.shutdown()
 
@@ -169,9 +160,14 @@ def test_a_lost_device_ends_the_loop(max_in_flight: int) -> None:
 
 @IN_FLIGHT
 def test_the_prompt_of_a_failed_step_is_not_in_the_cache(max_in_flight: int) -> None:
-    engine = EngineCore(HashingExecutor(64, 4, max_in_flight=max_in_flight, fail_at_steps=(1,)))
+    engine = EngineCore(HashingExecutor(64, 4, max_in_flight=max_in_flight, fail_at_steps=(1, 2, 3)))
     engine.add_request(request("a"))
-    assert drain(engine)["a"][-1].finish_reason is FinishReason.ERROR
+    failed = drain(engine)["a"][-1]
+    last_step = 2 * max_in_flight - (
+        max_in_flight > 1
+    )  # the one in flight beside the first counts for nothing
+    assert failed.finish_reason is FinishReason.ERROR
+    assert failed.error == f"RuntimeError: step {last_step} was told to fail"
     engine.add_request(request("a"))
     outputs = drain(engine)["a"]
     assert outputs[-1].finish_reason is FinishReason.LENGTH

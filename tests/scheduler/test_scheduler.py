@@ -133,6 +133,12 @@ def test_a_failed_step_leaves_nothing_in_the_cache() -> None:
     failed = schedule(one)
     one.fail(failed, OSError("no device"))
     one.check_invariants()
+    assert one.take_outputs() == ()
+    assert one.stats.kv_cache_usage == 0
+    again = schedule(one)
+    assert (again.released, again.new[0].num_computed_tokens) == (("a",), 0)
+    one.fail(again, OSError("no device"))
+    one.check_invariants()
     (output,) = one.take_outputs()
     assert (output.finish_reason, output.error) == (FinishReason.ERROR, "OSError: no device")
     assert one.stats.kv_cache_usage == 0
@@ -151,11 +157,28 @@ def test_a_failed_step_does_not_touch_who_is_only_in_the_next() -> None:
     assert [share.request_id for share in second.scheduled] == ["a", "b"]
     one.fail(first, RuntimeError("x"))
     one.update(second, answer(second))
-    assert [(output.request_id, output.finish_reason) for output in one.take_outputs()] == [
-        ("a", FinishReason.ERROR),
-        ("b", None),
-    ]
-    assert shares(advance(one)) == [("b", 4, 1, True)]
+    assert [output.request_id for output in one.take_outputs()] == ["b"]
+    assert shares(advance(one)) == [("a", 0, 4, True)]  # apart from the others
+    assert shares(advance(one)) == [("b", 4, 1, True), ("a", 4, 1, True)]
+
+
+def test_sequences_of_a_failed_step_are_tried_again_in_halves() -> None:
+    one = scheduler()
+    for name in "abcd":
+        one.add(request(name))
+    advance(one)
+    assert len(one.take_outputs()) == 4
+    names = []
+    for fails in (True, False, True, False, True, False):
+        step = schedule(one)
+        names.append("".join(share.request_id for share in step.scheduled))
+        if fails:
+            one.fail(step, RuntimeError("x"))
+        else:
+            one.update(step, answer(step))
+    one.check_invariants()
+    assert names == ["abcd", "ab", "cd", "c", "d", "abc"]
+    assert [output.request_id for output in one.take_outputs() if output.error] == ["d"]
 
 
 def test_a_result_that_does_not_answer_the_step_fails_it() -> None:
@@ -164,8 +187,9 @@ def test_a_result_that_does_not_answer_the_step_fails_it() -> None:
     one.add(request("b"))
     step = schedule(one)
     one.update(step, ModelRunnerOutput(step.step_id, tuple(reversed(answer(step).sampled))))
-    assert [output.finish_reason for output in one.take_outputs()] == [FinishReason.ERROR] * 2
-    assert not one.has_work
+    assert one.take_outputs() == ()
+    assert shares(advance(one)) == [("a", 0, 4, True)]
+    assert shares(advance(one)) == [("b", 0, 4, True)]
 
 
 def test_results_come_in_the_order_of_steps() -> None:

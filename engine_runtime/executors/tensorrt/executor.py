@@ -13,7 +13,7 @@ from engine_runtime.executors.tensorrt.batch import ArrangedRun, DeviceBatch, St
 from engine_runtime.executors.tensorrt.decoder import DeviceDecoder
 from engine_runtime.kernels.gpu_sampling import GpuSampler
 from engine_runtime.kernels.sampling_rows import PackedRows, SamplingPath, has_penalties
-from scheduler.executor import ExecutorLostError
+from scheduler.executor import ExecutorLostError, OutOfDeviceMemoryError
 from scheduler.messages import (
     ExecutorSpec,
     ModelRunnerOutput,
@@ -229,7 +229,9 @@ class TensorRTExecutor:
 
 
 def _lost(error: Exception) -> Exception:
-    """What ends the process if the device is of no use any more, else the error itself."""
+    """What ends the process if the device is of no use any more, what says that it is full, or the error."""
     if isinstance(error, CudaError) and error.is_fatal:
         return ExecutorLostError(f"the GPU is lost: {error}")
+    if isinstance(error, CudaError) and error.name == "CUDA_ERROR_OUT_OF_MEMORY":
+        return OutOfDeviceMemoryError(str(error))
     return error
