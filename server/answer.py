@@ -18,6 +18,7 @@ from server.engine_protocol import EngineClient
 from server.engine_streams import EngineStreams
 from server.metrics import Metrics, RequestTimer
 from server.parsing.output_parser import OutputParser
+from server.resume import ResumeMarks
 from server.tokenizer import Tokenizer
 
 
@@ -121,12 +122,17 @@ class Answer:
             )
             for index, request in enumerate(call.requests)
         ]
+        self._marks = ResumeMarks(call) if call.is_resumable else None
         metrics.params_n.observe(call.n)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Chunks of events, to the end. What arrives together goes out together. Raises ApiError."""
-        form = self._form
+        form, marks = self._form, self._marks
         has_begun = [False] * len(self._choices)
+        if self._call.requests[0].generated_token_ids:
+            self._replay()
+            has_begun[0] = True
+        rest = b""
         async with aclosing(self._texts()) as texts:
             async for batch in texts:
                 chunk = b""
@@ -138,10 +144,19 @@ class Answer:
                         chunk += form.piece(choice, text)
                     if is_last:
                         chunk += form.last(choice)
+                if marks is not None and is_last:
+                    rest = chunk  # no mark could tell whether the end has been sent, so it goes with it
+                    continue
                 if chunk:
-                    yield chunk
-        if end := form.end(self._usage()):
-            yield end
+                    yield chunk if marks is None else chunk + marks.take(choice.num_cached_tokens)
+        if rest := rest + form.end(self._usage()):
+            yield rest
+
+    def _replay(self) -> None:
+        """Brings the one choice to where another server stopped; what it had said is not said again."""
+        (choice,) = self._choices
+        if text := choice.replay(self._call.num_cached_tokens):
+            self._form.piece(choice, text)
 
     async def whole(self) -> bytes:
         """The body of the response. Raises ApiError."""
@@ -166,6 +181,8 @@ class Answer:
                                 continue  # came after a stop string
                             choice = choices[index]
                             text = choice.push(output, now)
+                            if self._marks is not None:
+                                self._marks.add(output.token_ids)
                             if is_scoring:
                                 text = ""
                                 choice.forget_generated()

@@ -34,6 +34,8 @@ class Call:
         syntax: how the answers of a chat are taken apart into content, reasoning and calls of tools; None
             leaves them whole.
         is_scoring: whether only the prompt is wanted; the one token that the engine must generate is dropped.
+        is_resumable: whether the stream has marks from which it can go on at another server.
+        num_cached_tokens: of the prompt, where the answer began; 0 unless it goes on from another server's.
     """
 
     id: str
@@ -54,6 +56,8 @@ class Call:
     num_prompt_logprobs: int | None = None
     shows_token_ids: bool = False
     is_scoring: bool = False
+    is_resumable: bool = False
+    num_cached_tokens: int = 0
     syntax: OutputSyntax | None = None
 
     def prompt_of(self, index: int) -> Prompt:

@@ -11,6 +11,7 @@ from server.errors import InternalError
 from server.metrics import RequestTimer
 from server.parsing.deltas import ContentDelta, Delta
 from server.parsing.output_parser import OutputParser
+from server.resume import cannot_go_on
 
 _log = logging.getLogger(__name__)
 
@@ -72,6 +73,7 @@ class Choice:
 
         Raises:
             InternalError: the engine gave up on this request.
+            InvalidRequestError: it did because the tokens to go on from break the grammar.
         """
         self._timer.observe(output, now)
         token_ids, reason = output.token_ids, output.finish_reason
@@ -92,6 +94,9 @@ class Choice:
             self._timer.finish(reason, now)
             if reason in (FinishReason.ERROR, FinishReason.ABORT):
                 _log.error("request %s: %s: %s", self._request.request_id, reason.value, output.error)
+                known = self._request.generated_token_ids
+                if self._request.grammar is not None and known and self.num_tokens == len(known):
+                    raise cannot_go_on()
                 raise InternalError
             if reason is FinishReason.LENGTH:
                 text += self._rest()
@@ -103,13 +108,30 @@ class Choice:
         self.num_tokens += num_taken
         if self._keeps_token_ids:
             self._token_ids += token_ids[:num_taken]
-        self.num_cached_tokens = output.num_cached_tokens or self.num_cached_tokens
+        if not self._request.generated_token_ids:
+            self.num_cached_tokens = output.num_cached_tokens or self.num_cached_tokens
         if output.logprobs is not None:
             self.logprobs += output.logprobs[:num_taken]
         if output.prompt_logprobs is not None:
             self.prompt_logprobs = output.prompt_logprobs
         if output.embedding is not None:
             self.embedding = output.embedding
+        return text
+
+    def replay(self, num_cached_tokens: int) -> str:
+        """Takes the tokens that the request begins with, and returns their text, which the client has.
+
+        Raises:
+            InvalidRequestError: the answer ends with them.
+        """
+        token_ids = self._request.generated_token_ids
+        text = self._push(token_ids)
+        if self._detokenizer.stopped_by is not None:
+            raise cannot_go_on()
+        self.num_tokens = len(token_ids)
+        if self._keeps_token_ids:
+            self._token_ids += token_ids
+        self.num_cached_tokens = num_cached_tokens
         return text
 
     def _push(self, token_ids: Sequence[int]) -> str:

@@ -91,7 +91,8 @@ class _Stream:
 
     def remaining_request(self) -> Request:
         """What another engine has to do."""
-        return dataclasses.replace(self._request, generated_token_ids=tuple(self._token_ids))
+        known = self._request.generated_token_ids  # another server's engine generated them
+        return dataclasses.replace(self._request, generated_token_ids=(*known, *self._token_ids))
 
     async def get(self) -> EngineOutput:
         """Raises the failure of the stream once what came before it is handed over."""

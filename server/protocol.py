@@ -210,6 +210,16 @@ class ChatPromptFields(ModelFields):
     include_reasoning: bool | None = None
 
 
+class Resume(WireModel):
+    """What a stream told of itself in its marks (see ``resume``), put together."""
+
+    id: Annotated[str, Field(max_length=160, pattern=r"^[A-Za-z0-9_.:-]+$")]
+    created: Annotated[int, Field(ge=0, le=INT64_MAX)]
+    seed: Annotated[int, Field(ge=0, le=INT64_MAX)]
+    cached_tokens: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None
+    token_ids: TokenIds
+
+
 class SamplingFields(ModelFields):
     """What chat and text completions have in common."""
 
@@ -262,6 +272,7 @@ class SamplingFields(ModelFields):
     guided_grammar: str | None = None
     guided_whitespace_pattern: str | None = None
     structured_outputs: StructuredOutputs | None = None
+    resume: Resume | None = None
     user: str | None = None
 
 

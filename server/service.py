@@ -7,7 +7,7 @@ import hashlib
 import importlib.metadata
 import time
 from collections.abc import Awaitable, Callable, Coroutine
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeVar
 
@@ -25,6 +25,7 @@ from server.grammar_check import GrammarCheck
 from server.json_body import read_json_object
 from server.metrics import Metrics
 from server.response_store import ResponseStore
+from server.resume import RESUMABLE_HEADER, can_resume
 from server.sse import EventStream
 from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
@@ -84,21 +85,29 @@ class Service:
         request: Request,
         validate: Callable[[dict[str, Any], int], Awaitable[Call]],
         form_of: Callable[[Call, Tokenizer, str], AnswerForm],
+        *,
+        can_be_resumed: bool = False,
     ) -> Response:
         """Reads and checks a request, and runs it until it is answered or its client is gone.
 
         Args:
             validate: from the body and its number of bytes to the call that it asks for.
             form_of: how the endpoint writes the answer.
+            can_be_resumed: whether a stream may have marks, if the client asks for them.
 
         Raises:
             ApiError: the request is wrong, or fails before its response has begun.
         """
         call = await validate(*await self.read(request))
+        if can_be_resumed and request.headers.get(RESUMABLE_HEADER) == "true" and can_resume(call):
+            call = replace(call, is_resumable=True)
         form = form_of(call, self.tokenization.tokenizer, self.system_fingerprint)
         answer = self.answer_to(call, form)
         if call.is_stream:
-            return EventStream(answer.events(), request.state.request_id)
+            stream = EventStream(answer.events(), request.state.request_id)
+            if call.is_resumable:
+                stream.headers[RESUMABLE_HEADER] = "true"
+            return stream
         whole = await while_connected(request, answer.whole())
         return Response(whole, media_type="application/json")
 

@@ -34,6 +34,7 @@ from server.protocol import (
     SamplingFields,
     StreamOptions,
 )
+from server.resume import resumed
 from server.sampling_fields import sampling_fields
 from server.structured_output import StructuredOutput
 from server.tokenization import TextTooLongError, Tokenization
@@ -287,7 +288,7 @@ class Validator:
                 )
             )
         stop, options = wire.stop or (), wire.stream_options or StreamOptions()
-        return Call(
+        call = Call(
             id=call_id if wire.request_id is None else f"{id_prefix}{wire.request_id}",
             created=int(time.time()),
             model=wire.model or self._served_model_names[0],
@@ -308,3 +309,6 @@ class Validator:
             is_scoring=is_scoring,
             syntax=syntax,
         )
+        if wire.resume is None:
+            return call
+        return resumed(call, wire.resume, self._engine.spec.vocab_size)

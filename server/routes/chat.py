@@ -15,4 +15,4 @@ router = APIRouter()
 @router.post("/v1/chat/completions")
 async def create_chat_completion(request: Request) -> Response:
     service = service_of(request)
-    return await service.answer(request, service.validator.chat, ChatForm)
+    return await service.answer(request, service.validator.chat, ChatForm, can_be_resumed=True)

@@ -15,4 +15,4 @@ router = APIRouter()
 @router.post("/v1/completions")
 async def create_completion(request: Request) -> Response:
     service = service_of(request)
-    return await service.answer(request, service.validator.completion, CompletionForm)
+    return await service.answer(request, service.validator.completion, CompletionForm, can_be_resumed=True)
