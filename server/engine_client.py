@@ -265,6 +265,7 @@ class ZmqEngineClient:
             watching = asyncio.create_task(self._watch(process))
             try:
                 connection.send(Kind.START, self._start_message)
+                connection.send(Kind.JOIN)
                 if self._vocabulary is not None:
                     connection.send(Kind.VOCABULARY, self._vocabulary)
                 await asyncio.wait((reader, exited), return_when=asyncio.FIRST_COMPLETED)

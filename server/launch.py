@@ -29,6 +29,8 @@ from server.logs import configure_logging
 from server.model_source import ModelSource, find_model
 
 if TYPE_CHECKING:
+    from fastapi import FastAPI
+
     from server.http_server import HttpServer
     from server.service import Service
 
@@ -170,11 +172,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
     engine.start()
     try:
         # While the engine imports and loads, this process does the same with its own half.
-        import uvicorn
-
         from server.app import create_app
-        from server.http_protocol import HttpProtocol
-        from server.http_server import HttpServer
         from server.response_database import ResponseDatabaseError
         from server.tokenizer import load_tokenizer
         from server.tokenizer_spec import TokenizerError
@@ -188,20 +186,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
             app = create_app(config, engine, tokenizer)
         except ResponseDatabaseError as error:
             raise LaunchError(f"--responses-db: {error}") from None
-        server = HttpServer(
-            uvicorn.Config(
-                app,
-                log_config=None,
-                access_log=False,
-                http=HttpProtocol,
-                ws="none",
-                lifespan="off",
-                server_header=False,
-                ssl_certfile=config.ssl_certfile,
-                ssl_keyfile=config.ssl_keyfile,
-                timeout_graceful_shutdown=config.shutdown_timeout,
-            )
-        )
+        server = http_server(config, app)
         ending = _Ending(server, app.state.service, config)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, ending.signal, number)
@@ -217,6 +202,29 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         await engine.stop()
     if failures:
         raise LaunchError(failures[0])
+
+
+def http_server(config: ServerConfig, app: FastAPI) -> HttpServer:
+    """The server of an application, with the settings that its routes count on."""
+    import uvicorn
+
+    from server.http_protocol import HttpProtocol
+    from server.http_server import HttpServer
+
+    return HttpServer(
+        uvicorn.Config(
+            app,
+            log_config=None,
+            access_log=False,
+            http=HttpProtocol,
+            ws="none",
+            lifespan="off",
+            server_header=False,
+            ssl_certfile=config.ssl_certfile,
+            ssl_keyfile=config.ssl_keyfile,
+            timeout_graceful_shutdown=config.shutdown_timeout,
+        )
+    )
 
 
 class _Ending:

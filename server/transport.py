@@ -1,8 +1,8 @@
 """The two ends of the line between an API process and its engine process: ZeroMQ carrying msgpack.
 
 Each message is two frames: one byte that names its kind, then a msgpack body whose type the kind fixes.
-The line is a PAIR over a unix socket in a directory that only this user may enter; the API end binds it,
-so that an engine that dies leaves nothing behind.
+The engine binds a unix socket in a directory that only this user may enter, and that whoever started the engine
+removes after it; any number of API processes connect to it, each under a name of its own.
 """
 
 from __future__ import annotations
@@ -26,12 +26,15 @@ import zmq.asyncio
 from scheduler.engine_core import EngineCore
 from scheduler.messages import EngineOutputs, ExecutorSpec, Request, Vocabulary
 from server.config import ServerConfig
+from server.output_routes import OutputRoutes
 
 _log = logging.getLogger(__name__)
 
 # The check takes 26 ms for 100,000 blocks: when nothing has happened for a while, and not too often.
 _CHECK_AFTER_IDLE_MS = 1000
 _CHECK_EVERY_S = 10.0
+# How often to look for an engine that has not bound its socket yet.
+_CONNECT_EVERY_MS = 10
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +67,8 @@ class Kind(bytes, Enum):
     """First frame of a message."""
 
     START = b"S"
+    JOIN = b"J"
+    LEAVE = b"L"
     REQUEST = b"A"
     ABORT = b"X"
     QUIT = b"Q"
@@ -76,6 +81,8 @@ class Kind(bytes, Enum):
 
 _BODY_TYPES: dict[Kind, Any] = {
     Kind.START: Start,
+    Kind.JOIN: None,
+    Kind.LEAVE: str,
     Kind.REQUEST: Request,
     Kind.ABORT: str,
     Kind.QUIT: None,
@@ -118,15 +125,21 @@ def private_address() -> Iterator[str]:
 
 
 class ApiEnd:
-    """The API process's end. Sends at once, receives on the event loop."""
+    """The API process's end. Sends at once, receives on the event loop.
 
-    def __init__(self, address: str) -> None:
+    Args:
+        name: tells this end from all others that the engine ever has.
+    """
+
+    def __init__(self, address: str, name: str = "api") -> None:
         self._context = zmq.asyncio.Context()
-        self._socket = self._context.socket(zmq.PAIR)
+        self._socket = self._context.socket(zmq.DEALER)
         self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.IDENTITY, name.encode())
+        self._socket.setsockopt(zmq.RECONNECT_IVL, _CONNECT_EVERY_MS)
         # Nothing may be dropped or block here: admission bounds what is in flight, not the socket.
         self._socket.set_hwm(0)
-        self._socket.bind(address)
+        self._socket.connect(address)
 
     def send(self, kind: Kind, body: object = None) -> None:
         self._socket.send_multipart(encode(kind, body))
@@ -140,14 +153,21 @@ class ApiEnd:
 
 
 class EngineEnd:
-    """The engine process's end: feeds an ``EngineCore`` and sends back what its steps produce."""
+    """The engine process's end: feeds an ``EngineCore`` and sends back what its steps produce.
+
+    Whoever sends START is told of the loading and may say QUIT. Those who JOIN get READY, each its share of the
+    outputs, and the statistics of every step.
+    """
 
     def __init__(self, address: str) -> None:
         self._context = zmq.Context()
-        self._socket = self._context.socket(zmq.PAIR)
+        self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.set_hwm(0)
-        self._socket.connect(address)
+        self._socket.bind(address)
+        self._starter = b""
+        self._ready: tuple[bytes, bytes] | None = None
+        self._routes = OutputRoutes()
         # An event that any thread may raise, to end a wait for a message.
         self._wakeup = os.eventfd(0, os.EFD_NONBLOCK)
         self._poller = zmq.Poller()
@@ -159,10 +179,20 @@ class EngineEnd:
         os.eventfd_write(self._wakeup, 1)
 
     def receive(self) -> tuple[Kind, Any]:
-        return decode(self._socket.recv_multipart())
+        """Waits for the first message; who sent it started this process."""
+        self._starter, kind, body = self._receive()
+        return kind, body
+
+    def _receive(self) -> tuple[bytes, Kind, Any]:
+        sender, *frames = self._socket.recv_multipart()
+        return sender, *decode(frames)
 
     def send(self, kind: Kind, body: object = None) -> None:
-        self._socket.send_multipart(encode(kind, body))
+        """To the process that started this one."""
+        frames = encode(kind, body)
+        if kind is Kind.READY:
+            self._ready = frames
+        self._socket.send_multipart((self._starter, *frames))
 
     def run(
         self,
@@ -185,11 +215,17 @@ class EngineEnd:
                     next_check = time.monotonic() + _CHECK_EVERY_S
                     self._wait()
             while self._socket.poll(0):
-                kind, body = self.receive()
+                sender, kind, body = self._receive()
                 if kind is Kind.REQUEST:
+                    self._routes.add(body.request_id, sender)
                     core.add_request(body)
                 elif kind is Kind.ABORT:
                     core.abort(body)
+                elif kind is Kind.JOIN:
+                    self._join(sender)
+                elif kind is Kind.LEAVE:
+                    for request_id in self._routes.leave(body.encode()):
+                        core.abort(request_id)
                 elif kind is Kind.VOCABULARY:
                     on_vocabulary(body)
                 elif kind is Kind.QUIT:
@@ -197,7 +233,13 @@ class EngineEnd:
                 else:
                     raise TransportError(f"an engine does not take {kind.name}")
             if core.has_work:
-                self.send(Kind.OUTPUTS, core.step())
+                for member, share in self._routes.split(core.step()):
+                    self._socket.send_multipart((member, *encode(Kind.OUTPUTS, share)))
+
+    def _join(self, member: bytes) -> None:
+        self._routes.join(member)
+        if self._ready is not None and member != self._starter:
+            self._socket.send_multipart((member, *self._ready))
 
     def _wait(self, milliseconds: int | None = None) -> bool:
         """Waits for a message or ``wake``; whether one came."""

@@ -44,6 +44,8 @@ MESSAGES = [
         Kind.REQUEST,
         Request("r", (1, 2), SamplingParams(logit_bias=((3, -1.5),)), 1.25, -1, "salt", (5,), grammar="{}"),
     ),
+    (Kind.JOIN, None),
+    (Kind.LEAVE, "api-1"),
     (Kind.ABORT, "r"),
     (Kind.QUIT, None),
     (Kind.VOCABULARY, Vocabulary("{}", (1, 2))),
@@ -112,6 +114,7 @@ async def test_an_engine_core_behind_the_line() -> None:
             expected += output.token_ids
     with private_address() as address:
         api = ApiEnd(address)
+        api.send(Kind.JOIN)
         engine = EngineEnd(address)
         thread = threading.Thread(target=lambda: (engine.run(core), engine.close()))
         thread.start()
@@ -158,6 +161,7 @@ async def test_an_engine_checks_itself_when_it_is_idle(monkeypatch: pytest.Monke
     core = _Checked(HashingExecutor(num_blocks=64, block_size=4))
     with private_address() as address:
         api = ApiEnd(address)
+        api.send(Kind.JOIN)
         engine = EngineEnd(address)
         thread = threading.Thread(target=lambda: (engine.run(core), engine.close()))
         thread.start()
@@ -182,6 +186,7 @@ async def test_an_idle_engine_is_woken_when_a_grammar_is_ready() -> None:
     told: list[Vocabulary] = []
     with private_address() as address:
         api = ApiEnd(address)
+        api.send(Kind.JOIN)
         engine = EngineEnd(address)
         thread = threading.Thread(target=lambda: (engine.run(core, told.append), engine.close()))
         thread.start()
