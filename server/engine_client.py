@@ -54,7 +54,7 @@ class _Stream:
         num_deaths: engines that died with it.
     """
 
-    __slots__ = ("_arrived", "_failure", "_num_cached_tokens", "_pending", "_request", "_token_ids",
+    __slots__ = ("_failure", "_num_cached_tokens", "_pending", "_request", "_token_ids", "_waiter",
                  "has_ended", "is_submitted", "num_deaths")  # fmt: skip
 
     def __init__(self, request: Request) -> None:
@@ -63,7 +63,8 @@ class _Stream:
         self._num_cached_tokens: int | None = None
         self._pending: list[EngineOutput] = []
         self._failure: ApiError | None = None
-        self._arrived = asyncio.Event()
+        # One consumer, woken once: an Event does more for each token.
+        self._waiter: asyncio.Future[None] | None = None
         self.is_submitted = True
         self.has_ended = False
         self.num_deaths = 0
@@ -78,7 +79,7 @@ class _Stream:
         if output.finish_reason is not None:
             self.is_submitted = False
             self.has_ended = True
-        self._arrived.set()
+        self._wake()
 
     @property
     def has_failed(self) -> bool:
@@ -87,7 +88,12 @@ class _Stream:
     def fail(self, error: ApiError) -> None:
         """Nothing comes any more."""
         self._failure = error
-        self._arrived.set()
+        self._wake()
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done():
+            waiter.set_result(None)
 
     def remaining_request(self) -> Request:
         """What another engine has to do."""
@@ -96,11 +102,12 @@ class _Stream:
 
     async def get(self) -> EngineOutput:
         """Raises the failure of the stream once what came before it is handed over."""
-        await self._arrived.wait()
+        if not self._pending and self._failure is None:
+            self._waiter = asyncio.get_running_loop().create_future()
+            await self._waiter
         pending, self._pending = self._pending, []
-        if self._failure is None:
-            self._arrived.clear()
-        elif not pending:
+        if not pending:
+            assert self._failure is not None
             raise self._failure
         return pending[0] if len(pending) == 1 else _joined(pending)
 

@@ -7,13 +7,14 @@ end without ``[DONE]`` does not happen: OpenAI's client takes it for a whole ans
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator
+from collections.abc import AsyncGenerator, Callable
 
 from sse_starlette import EventSourceResponse, ServerSentEvent
 from starlette.types import Receive, Scope, Send
 
 from server.errors import ShuttingDownError
 from server.guard import SEND_BODY, api_error, send_error
+from server.http_protocol import WRITE_CHUNK
 
 DONE = b"data: [DONE]\n\n"
 
@@ -23,6 +24,11 @@ _MIN_SLEEP_S = 1.0
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
 # A reader that takes nothing for so long is gone, whatever its connection says.
 _STALL_S = 30.0
+
+
+def _cannot_write(chunk: bytes) -> bool:
+    """In place of the server's own writer where the server is not ours."""
+    return False
 
 
 class EventStream(EventSourceResponse):
@@ -52,7 +58,8 @@ class EventStream(EventSourceResponse):
         self._last_sent = asyncio.get_running_loop().time()
         self._path = scope["path"]
         # In a task of its own each token resumes this file's frames, not the dozen of the routing above.
-        streaming = asyncio.create_task(self._stream(send, scope.get(SEND_BODY, send)))
+        send_body = scope.get(SEND_BODY, send)
+        streaming = asyncio.create_task(self._stream(send, send_body, scope.get(WRITE_CHUNK, _cannot_write)))
         watching = asyncio.create_task(self._watch_client(receive, streaming))
         keeping = asyncio.create_task(self._keep_alive(send, streaming))
         try:
@@ -66,9 +73,9 @@ class EventStream(EventSourceResponse):
             keeping.cancel()
         streaming.result()
 
-    async def _stream(self, send: Send, send_body: Send) -> None:
+    async def _stream(self, send: Send, send_body: Send, write: Callable[[bytes], bool]) -> None:
         try:
-            await self._send_chunks(send, send_body)
+            await self._send_chunks(send, send_body, write)
         except asyncio.CancelledError:
             if self._is_shutting_down:
                 await self._send_error(ShuttingDownError(), send)
@@ -78,14 +85,15 @@ class EventStream(EventSourceResponse):
             # Cancelled while sending, the generator is still open.
             await self._chunks.aclose()
 
-    async def _send_chunks(self, send: Send, send_body: Send) -> None:
+    async def _send_chunks(self, send: Send, send_body: Send, write: Callable[[bytes], bool]) -> None:
         now = asyncio.get_running_loop().time
         async for chunk in self._chunks:
             if not self._has_started:
                 await self._start(send)
-            self._is_sending = True
-            await send_body({"type": "http.response.body", "body": chunk, "more_body": True})
-            self._is_sending = False
+            if not write(chunk):
+                self._is_sending = True
+                await send_body({"type": "http.response.body", "body": chunk, "more_body": True})
+                self._is_sending = False
             self._last_sent = now()
         if not self._has_started:
             await self._start(send)

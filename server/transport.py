@@ -1,7 +1,7 @@
 """The two ends of the line between an API process and its engine process: ZeroMQ carrying msgpack.
 
 Each message is two frames: one byte that names its kind, then a msgpack body whose type the kind fixes.
-The engine binds a unix socket in a directory that only this user may enter, and that whoever started the engine
+The engine binds a unix socket in a directory that only this user may enter, and that whoever started it
 removes after it; any number of API processes connect to it, each under a name of its own.
 """
 
@@ -155,7 +155,7 @@ class ApiEnd:
 class EngineEnd:
     """The engine process's end: feeds an ``EngineCore`` and sends back what its steps produce.
 
-    Whoever sends START is told of the loading and may say QUIT. Those who JOIN get READY, each its share of the
+    Whoever sends START is told of the loading and may say QUIT. Those who JOIN get READY, their share of the
     outputs, and the statistics of every step.
     """
 

@@ -138,14 +138,14 @@ class Seen:
     """What the client saw.
 
     Attributes:
-        num_wrong: streams whose text is not what the engine sent.
+        num_pieces: events with text, of one token or of several that arrived together.
+        num_wrong: streams whose text is not, letter by letter, what the engine sent.
         gaps: seconds between two arrivals of tokens in a stream, of all streams.
         times: when each gap ended (``time.perf_counter``, one clock for all processes).
     """
 
-    num_tokens: int
     num_bytes: int
-    num_chunks: int
+    num_pieces: int
     num_wrong: int
     gaps: tuple[float, ...]
     times: tuple[float, ...]
@@ -156,9 +156,7 @@ def read_streams(answers: Connection, port: int, request: bytes, num_streams: in
     answers.send(uvloop.run(_read_streams(answers, port, request, num_streams, text)))
 
 
-async def _read_streams(
-    answers: Connection, port: int, request: bytes, num_streams: int, text: str
-) -> Seen:
+async def _read_streams(answers: Connection, port: int, request: bytes, num_streams: int, text: str) -> Seen:
     loop = asyncio.get_running_loop()
     readers = []
     for _ in range(num_streams):
@@ -168,7 +166,7 @@ async def _read_streams(
     answers.send("begun")
     await asyncio.gather(*(reader.done for reader in readers))
     answers.send("done")
-    num_tokens = num_bytes = num_chunks = num_wrong = 0
+    num_bytes = num_pieces = num_wrong = 0
     gaps, times = [], []
     for reader in readers:
         with_text = [(at, data) for at, data in reader.arrivals if b'"content":"' in data]
@@ -178,13 +176,13 @@ async def _read_streams(
             for line in body.splitlines()
             if line.startswith(b"data: {")
         ]
-        num_tokens += sum(1 for piece in pieces if piece)
         num_bytes += len(body)
-        num_chunks += len(with_text)
-        num_wrong += "".join(pieces) != text
+        is_wrong = "".join(pieces) != text
+        num_wrong += is_wrong
+        num_pieces += len(pieces) - pieces.count("")
         gaps += [after[0] - before[0] for before, after in pairwise(with_text)]
         times += [at for at, _ in with_text[1:]]
-    return Seen(num_tokens, num_bytes, num_chunks, num_wrong, tuple(gaps), tuple(times))
+    return Seen(num_bytes, num_pieces, num_wrong, tuple(gaps), tuple(times))
 
 
 def _dechunked(response: bytes) -> bytes:
@@ -260,19 +258,18 @@ class Figures:
 
     Attributes:
         user_us, system_us: CPU of the API process a token, microseconds.
-        num_lost: tokens that did not arrive.
+        num_wrong: streams that lost a token, or got another.
         lags, gaps: seconds.
     """
 
     num_streams: int
     num_tokens: int
-    num_lost: int
     num_wrong: int
     seconds: float
     user_us: float
     system_us: float
     bytes_a_token: float
-    tokens_a_chunk: float
+    tokens_an_event: float
     lags: Sequence[float]
     gaps: Sequence[float]
     long_prompts: Sequence[float]
@@ -333,14 +330,13 @@ async def measure(arguments: argparse.Namespace) -> Figures:
     counted = after.num_tokens - before.num_tokens
     return Figures(
         num_streams=num_streams,
-        num_tokens=seen.num_tokens,
-        num_lost=num_streams * num_tokens - seen.num_tokens,
+        num_tokens=num_streams * num_tokens,
         num_wrong=seen.num_wrong,
         seconds=seconds,
         user_us=(after.user_seconds - before.user_seconds) * 1e6 / counted,
         system_us=(after.system_seconds - before.system_seconds) * 1e6 / counted,
-        bytes_a_token=seen.num_bytes / seen.num_tokens,
-        tokens_a_chunk=seen.num_tokens / seen.num_chunks,
+        bytes_a_token=seen.num_bytes / (num_streams * num_tokens),
+        tokens_an_event=num_streams * num_tokens / seen.num_pieces,
         lags=sorted(after.lags),
         gaps=sorted(gap for gap, at in zip(seen.gaps, seen.times, strict=True) if at > began),
         long_prompts=sorted(long_prompts),
@@ -351,10 +347,10 @@ def report(figures: Figures, num_idle: int) -> str:
     lines = [
         f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         f"streams, idle connections       {figures.num_streams}, {num_idle}",
-        f"tokens received, lost           {figures.num_tokens}, {figures.num_lost}",
-        f"streams with another text       {figures.num_wrong}",
+        f"tokens                          {figures.num_tokens}",
+        f"streams that lost any           {figures.num_wrong}",
         f"tokens/s while measured         {figures.num_tokens / figures.seconds:.0f}",
-        f"tokens a chunk                  {figures.tokens_a_chunk:.2f}",
+        f"tokens an event                 {figures.tokens_an_event:.2f}",
         f"bytes a token                   {figures.bytes_a_token:.0f}",
         f"CPU of the API process a token  {figures.user_us + figures.system_us:.1f} us",
         f"  of which in the kernel        {figures.system_us:.1f} us",
@@ -374,7 +370,9 @@ def _quantiles(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="The front end under load, with an engine that computes nothing.")
+    parser = argparse.ArgumentParser(
+        description="The front end under load, without a model."
+    )
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens-per-second", type=float, default=100.0, help="of each stream")
     parser.add_argument("--seconds", type=float, default=10.0)
