@@ -185,7 +185,7 @@ class HttpProtocol(HttpToolsProtocol):
             self._head_timer.cancel()
             self._head_timer = None
         super().on_headers_complete()
-        self.scope[WRITE_CHUNK] = ChunkWriter(self.cycle)
+        self.scope[WRITE_CHUNK] = ChunkWriter(self.cycle)  # type: ignore[literal-required]
 
     def on_message_complete(self) -> None:
         if not self._is_upgrading:

@@ -370,9 +370,7 @@ def _quantiles(values: Sequence[float]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="The front end under load, without a model."
-    )
+    parser = argparse.ArgumentParser(description="The front end under load, without a model.")
     parser.add_argument("--streams", type=int, default=256)
     parser.add_argument("--tokens-per-second", type=float, default=100.0, help="of each stream")
     parser.add_argument("--seconds", type=float, default=10.0)

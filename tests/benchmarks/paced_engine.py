@@ -1,7 +1,7 @@
 """An engine process whose steps compute nothing: a millisecond each, and a given number a second.
 
-``python -m tests.benchmarks.paced_engine ADDRESS PARENT_ID``. The scheduler, the step loop and the line to the
-API process are the real ones. The model's path is a ``Pace`` as JSON.
+``python -m tests.benchmarks.paced_engine ADDRESS PARENT_ID``. The scheduler, the step loop and the line to
+the API process are the real ones. The model's path is a ``Pace`` as JSON.
 """
 
 from __future__ import annotations
