@@ -59,5 +59,5 @@ $(VENV)/.installed: pyproject.toml | $(BIN)/python
 
 $(VENV)/.installed-dev: pyproject.toml | $(BIN)/python
 	@echo "Installing inflightd and its test tools into $(VENV) (once) ..."
-	@$(PIP) install --quiet --editable '.[dev,cpu,gpu,kernels]'
+	@$(PIP) install --quiet --editable '.[dev,cpu,gpu,kernels,otel]'
 	@touch $@ $(VENV)/.installed

@@ -18,6 +18,7 @@ from server.engine_protocol import EngineClient
 from server.engine_streams import EngineStreams
 from server.metrics import Metrics, RequestTimer
 from server.parsing.output_parser import OutputParser
+from server.request_trace import request_trace
 from server.resume import ResumeMarks
 from server.tokenizer import Tokenizer
 
@@ -124,6 +125,8 @@ class Answer:
         ]
         self._marks = ResumeMarks(call) if call.is_resumable else None
         metrics.params_n.observe(call.n)
+        if (trace := request_trace.get()) is not None:
+            trace.describe(call)
 
     async def events(self) -> AsyncGenerator[bytes, None]:
         """Chunks of events, to the end. What arrives together goes out together. Raises ApiError."""

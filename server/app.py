@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
@@ -39,9 +41,17 @@ from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
 from server.validation import Validator
 
+if TYPE_CHECKING:
+    from server.tracing import Traces
 
-def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer) -> FastAPI:
+
+def create_app(
+    config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer, traces: Traces | None = None
+) -> FastAPI:
     """The application of one API process. The engine may still be loading; until then calls get 503.
+
+    Args:
+        traces: where spans of requests go, if they are wanted.
 
     Raises:
         ResponseDatabaseError: the file of ``--responses-db`` cannot be used.
@@ -84,6 +94,10 @@ def create_app(config: ServerConfig, engine: EngineClient, tokenizer: Tokenizer)
     app.add_exception_handler(HTTPException, _answer_http_exception)
     app.add_middleware(Idempotency)
     cors = Cors(config.allowed_origins)
+    if traces is not None:
+        from server.tracing import TraceRequests
+
+        app.add_middleware(TraceRequests, traces=traces)
     app.add_middleware(
         Guard,
         max_body_bytes=config.max_body_bytes,

@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 from server.api_keys import ApiKey, ApiKeys, parse_api_keys, read_api_keys
 from server.cors import parse_origins
+from server.otlp_settings import parse_endpoint
 from server.parsing.formats import AUTO, REASONING_PARSERS, TOOL_PARSERS
 from server.tgi_environment import explain_tgi, tgi_settings
 
@@ -255,6 +256,14 @@ class ServerConfig:
         "names of another server that /metrics has as well: tgi (default: none)",
         group="server",
         metavar="SERVER",
+    )
+    otlp_traces_endpoint: str | None = _flag(
+        None,
+        parse_endpoint,
+        "where traces are sent by OTLP over HTTP, such as http://127.0.0.1:4318/v1/traces; needs the extra "
+        "'otel' (default: none, or as OTEL_EXPORTER_OTLP_TRACES_ENDPOINT says)",
+        group="server",
+        metavar="URL",
     )
     log_format: Literal["text", "json"] = _flag(
         "text",

@@ -27,12 +27,14 @@ from typing import TYPE_CHECKING, NoReturn
 from server.config import ServerConfig
 from server.logs import configure_logging
 from server.model_source import ModelSource, find_model
+from server.otlp_settings import TracesError, traces_endpoint
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
 
     from server.http_server import HttpServer
     from server.service import Service
+    from server.tracing import Traces
 
 _log = logging.getLogger(__name__)
 # A client that takes nothing for so long is gone, as ``sse`` sees it too: the kernel drops what waits for it.
@@ -60,6 +62,11 @@ def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
     for note in notes:
         _log.info("%s", note)
     check_certificate(config)
+    try:
+        endpoint = traces_endpoint(config.otlp_traces_endpoint, os.environ)
+    except TracesError as error:
+        raise LaunchError(str(error)) from None
+    config = dataclasses.replace(config, otlp_traces_endpoint=endpoint)
     listener = listen(config)
     with listener, _unlinked_at_last(config.uds):
         source = find_model(config.model)
@@ -182,8 +189,9 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         except TokenizerError as error:
             raise LaunchError(str(error)) from None
         engine.provide(tokenizer.vocabulary)
+        traces = _traces(config)
         try:
-            app = create_app(config, engine, tokenizer)
+            app = create_app(config, engine, tokenizer, traces)
         except ResponseDatabaseError as error:
             raise LaunchError(f"--responses-db: {error}") from None
         server = http_server(config, app)
@@ -198,6 +206,8 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         for watcher in watchers:
             watcher.cancel()
         await app.state.service.close()
+        if traces is not None:
+            await traces.close()
     finally:
         await engine.stop()
     if failures:
@@ -225,6 +235,15 @@ def http_server(config: ServerConfig, app: FastAPI) -> HttpServer:
             timeout_graceful_shutdown=config.shutdown_timeout,
         )
     )
+
+
+def _traces(config: ServerConfig) -> Traces | None:
+    if config.otlp_traces_endpoint is None:
+        return None
+    from server.service import VERSION
+    from server.tracing import OtlpTraces
+
+    return OtlpTraces(config.otlp_traces_endpoint, VERSION)
 
 
 class _Ending:

@@ -8,10 +8,15 @@ from __future__ import annotations
 import json
 import logging
 import time
+from collections.abc import Mapping
 from contextvars import ContextVar
+from types import MappingProxyType
 
 # The x-request-id of the request that the current task works for.
 http_request_id: ContextVar[str | None] = ContextVar("http_request_id", default=None)
+
+# Ids of the trace that the current task works for: each of its lines carries them.
+trace_fields: ContextVar[Mapping[str, str]] = ContextVar("trace_fields", default=MappingProxyType({}))
 
 _request_log = logging.getLogger("server.request")
 
@@ -25,7 +30,8 @@ def log_request(**fields: str | float | None) -> None:
 
 
 class JsonFormatter(logging.Formatter):
-    """A JSON object a line: ``time`` (UTC), ``level``, ``logger``, ``message``, fields of the record."""
+    """A JSON object a line: ``time`` (UTC), ``level``, ``logger``, ``message``, fields of the record,
+    ``trace_id`` and ``span_id`` if the request is traced."""
 
     def format(self, record: logging.LogRecord) -> str:
         line = {
@@ -34,6 +40,7 @@ class JsonFormatter(logging.Formatter):
             "logger": record.name,
             "message": record.getMessage(),
             **getattr(record, "fields", {}),
+            **trace_fields.get(),
         }
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
@@ -47,7 +54,7 @@ class TextFormatter(logging.Formatter):
         super().__init__("%(asctime)s %(levelname)s %(name)s: %(message)s")
 
     def formatMessage(self, record: logging.LogRecord) -> str:
-        fields = getattr(record, "fields", {})
+        fields = {**getattr(record, "fields", {}), **trace_fields.get()}
         shown = [f"{name}={value}" for name, value in fields.items() if value is not None]
         return _on_one_line(" ".join([super().formatMessage(record), *shown]))
 

@@ -27,6 +27,7 @@ from server.histogram import Histogram, one_two_five_buckets
 from server.logs import log_request
 from server.metric_aliases import GenAiMetrics, TgiMetrics
 from server.operation_metrics import OperationMetrics
+from server.request_trace import SequenceTimes, request_trace
 
 _TTFT_BUCKETS = (
     0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0,
@@ -238,25 +239,29 @@ class Metrics(Collector):
 
 
 class RequestTimer:
-    """Watches one request from arrival to end and tells the metrics."""
+    """Watches one request from arrival to end; tells the metrics, the log and the trace."""
 
     __slots__ = (
-        "_first_token", "_is_finished", "_last_token", "_metrics", "_num_tokens", "_request", "_scheduled",
+        "_first_token", "_is_finished", "_last_token", "_metrics", "_num_cached_tokens", "_num_tokens",
+        "_request", "_scheduled", "_trace",
     )  # fmt: skip
 
     def __init__(self, metrics: Metrics, request: Request) -> None:
         self._metrics = metrics
         self._request = request
+        self._trace = request_trace.get()
         self._scheduled = 0.0
         self._first_token = 0.0
         self._last_token = 0.0
         self._num_tokens = 0
+        self._num_cached_tokens = 0
         self._is_finished = False
 
     def observe(self, output: EngineOutput, now: float) -> None:
         """Takes the tokens of a step, which arrived at ``now`` (``time.monotonic()``)."""
         count = len(output.token_ids)
         if not count:
+            self._scheduled = self._scheduled or output.first_scheduled_time
             return
         metrics = self._metrics
         metrics.generation_tokens += count
@@ -266,6 +271,7 @@ class RequestTimer:
         else:
             self._first_token = now
             self._scheduled = output.first_scheduled_time
+            self._num_cached_tokens = output.num_cached_tokens
             metrics.prompt_tokens += len(self._request.prompt_token_ids)
             metrics.time_to_first_token.observe(now - self._request.arrival_time)
         self._last_token = now
@@ -293,6 +299,19 @@ class RequestTimer:
             first_token_seconds=round(self._first_token - arrival, 4) if self._first_token else None,
             total_seconds=round(now - arrival, 4),
         )
+        if self._trace is not None:
+            self._trace.add(
+                SequenceTimes(
+                    self._request,
+                    reason,
+                    self._num_tokens,
+                    self._num_cached_tokens,
+                    self._scheduled,
+                    self._first_token,
+                    self._last_token,
+                    now,
+                )
+            )
         if not self._first_token:
             return
         metrics.queue_time.observe(scheduled - arrival)

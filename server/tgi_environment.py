@@ -88,8 +88,8 @@ _NOTHING: Mapping[str, str] = {
     "ROPE_FACTOR": "the model's config.json says it",
     "TRUST_REMOTE_CODE": "code that comes with a model is never run",
     "TOKENIZER_CONFIG_PATH": "the tokenizer of the model is used",
-    "JSON_OUTPUT": "the log is text",
-    "OTLP_ENDPOINT": "traces are not sent",
+    "JSON_OUTPUT": "--log-format json",
+    "OTLP_ENDPOINT": "TGI's is for gRPC; --otlp-traces-endpoint takes the collector's HTTP address",
     "HUGGINGFACE_HUB_CACHE": "set HF_HOME or HF_HUB_CACHE",
     "HUGGING_FACE_HUB_TOKEN": "set HF_TOKEN",
     **dict.fromkeys(

@@ -59,6 +59,7 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "metrics_prefix": ("vllm:", "vllm"),
         "chat_page": ("off", "off"),
         "metrics_compat": ("tgi", "tgi"),
+        "otlp_traces_endpoint": ("http://otel:4318", "http://otel:4318/v1/traces"),
         "log_format": ("json", "json"),
         "pre_stop_seconds": ("2", 2),
         "shutdown_timeout": ("3", 3),
