@@ -50,8 +50,9 @@ class BlockPool:
 
     A block nobody holds is free, but keeps its contents and its place in the index until it is allocated
     again: that is the prefix cache. Free blocks are allocated in this order: those without indexed contents,
-    then the least recently released ones; of one sequence the last block first, since a prefix is worth
-    more than what follows it.
+    then, of the owner with the most of them, the least recently released ones; of one sequence the last block
+    first, since a prefix is worth more than what follows it. So no owner can drive the others' prefixes out
+    as long as they have fewer blocks than it has.
 
     Args:
         num_blocks: ids are 0 .. num_blocks - 1.
@@ -76,11 +77,14 @@ class BlockPool:
         self._keys: list[BlockKey | None] = [None] * num_blocks  # contents of indexed blocks
         self._index: dict[bytes, int] = {}
         # An OrderedDict is a queue from whose middle a block is taken in constant time, when a prefix is hit.
-        self._free: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))
+        self._blank: OrderedDict[int, None] = OrderedDict.fromkeys(range(num_blocks))  # free, no contents
+        self._kept: dict[str | None, OrderedDict[int, None]] = {}  # free with contents, by owner
+        self._owners: list[str | None] = [None] * num_blocks  # of indexed blocks
+        self._num_free = num_blocks
 
     @property
     def num_free(self) -> int:
-        return len(self._free)
+        return self._num_free
 
     @property
     def num_indexed(self) -> int:
@@ -132,24 +136,42 @@ class BlockPool:
 
         None if the free blocks do not suffice, or fewer than ``num_spare`` would be left.
         """
-        num_references, free = self._num_references, self._free
+        num_references = self._num_references
         num_taken = num_blocks + sum(1 for block_id in shared if not num_references[block_id])
-        if len(free) < num_taken + num_spare:
+        if self._num_free < num_taken + num_spare:
             return None
+        self._num_free -= num_taken
         for block_id in shared:
             if not num_references[block_id]:
-                del free[block_id]
+                self._stop_keeping(block_id)
             num_references[block_id] += 1
         block_ids = []
         for _ in range(num_blocks):
-            block_id, _ = free.popitem(last=False)
-            self._forget(block_id)
+            block_id = self._next_free()
             num_references[block_id] = 1
             block_ids.append(block_id)
         return block_ids
 
-    def cache(self, block_id: int, key: BlockKey) -> BlockKey:
-        """Enters a held block, whose contents are complete, in the index.
+    def _next_free(self) -> int:
+        """Takes the free block that is missed least."""
+        if self._blank:
+            return self._blank.popitem(last=False)[0]
+        owners = self._kept
+        blocks = max(owners.values(), key=len) if len(owners) > 1 else next(iter(owners.values()))
+        block_id = next(iter(blocks))
+        self._stop_keeping(block_id)
+        self._forget(block_id)
+        return block_id
+
+    def _stop_keeping(self, block_id: int) -> None:
+        owner = self._owners[block_id]
+        blocks = self._kept[owner]
+        del blocks[block_id]
+        if not blocks:
+            del self._kept[owner]
+
+    def cache(self, block_id: int, key: BlockKey, owner: str | None = None) -> BlockKey:
+        """Enters a held block, whose contents are complete, in the index, as one of ``owner``'s.
 
         If the same contents are indexed already, this block stays out. Returns the key that is indexed, for
         the key of the next block to follow.
@@ -158,6 +180,7 @@ class BlockPool:
         if holder is None:
             self._index[key.digest] = block_id
             self._keys[block_id] = key
+            self._owners[block_id] = owner
             return key
         indexed = self._keys[holder]
         assert indexed is not None
@@ -168,9 +191,12 @@ class BlockPool:
         for block_id in reversed(block_ids):
             self._num_references[block_id] -= 1
             if not self._num_references[block_id]:
-                self._free[block_id] = None
+                self._num_free += 1
                 if self._keys[block_id] is None:
-                    self._free.move_to_end(block_id, last=False)
+                    self._blank[block_id] = None
+                    self._blank.move_to_end(block_id, last=False)
+                else:
+                    self._kept.setdefault(self._owners[block_id], OrderedDict())[block_id] = None
 
     def _forget(self, block_id: int) -> None:
         key = self._keys[block_id]
@@ -183,8 +209,14 @@ class BlockPool:
         references = Counter(block_id for block_ids in held for block_id in block_ids)
         for block_id in range(self.num_blocks):
             assert self._num_references[block_id] == references[block_id], f"references of block {block_id}"
-            assert (block_id in self._free) == (references[block_id] == 0), f"freedom of block {block_id}"
-        assert len(self._free) + len(references) == self.num_blocks, "a block is lost"
+            is_blank = block_id in self._blank
+            is_kept = block_id in self._kept.get(self._owners[block_id], ())
+            assert is_blank + is_kept == (references[block_id] == 0), f"freedom of block {block_id}"
+            assert not is_blank or self._keys[block_id] is None, f"block {block_id} is not blank"
+        num_free = len(self._blank) + sum(map(len, self._kept.values()))
+        assert num_free == self._num_free, "the number of free blocks is wrong"
+        assert num_free + len(references) == self.num_blocks, "a block is lost"
+        assert all(self._kept.values()), "an owner of nothing"
         indexed = {key.digest: block_id for block_id, key in enumerate(self._keys) if key is not None}
         assert indexed == self._index, "the index does not match the contents"
         assert len(indexed) == sum(key is not None for key in self._keys), "contents indexed twice"

@@ -76,6 +76,7 @@ class Request:
         arrival_time: ``time.monotonic()`` when the front end accepted it.
         priority: lower runs first; equal priorities run in order of arrival.
         cache_salt: requests share prefix-cache blocks only with requests of the same salt.
+        cache_owner: whose room in the prefix cache the request takes.
         generated_token_ids: what an engine generated before it died; generation goes on after these tokens,
             and they are not reported again.
         grammar: what the answer must follow, as the engine's ``Grammars`` read it; None allows everything.
@@ -90,6 +91,7 @@ class Request:
     cache_salt: str | None = None
     generated_token_ids: tuple[int, ...] = ()
     grammar: str | None = None
+    cache_owner: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -337,7 +337,8 @@ class Scheduler:
         keys = sequence.block_keys
         for position in range(sequence.num_indexed_blocks, num_full_blocks):
             self._pool.extend_keys(keys, sequence.token_ids, sequence.request.cache_salt, position + 1)
-            keys[position] = self._pool.cache(sequence.block_ids[position], keys[position])
+            owner = sequence.request.cache_owner
+            keys[position] = self._pool.cache(sequence.block_ids[position], keys[position], owner)
         sequence.num_indexed_blocks = num_full_blocks
 
     def _append(self, sequence: Sequence, token: SampledToken) -> None:

@@ -65,7 +65,7 @@ class Call:
         return self.prompts[index // self.n]
 
     def scoped(self, scope: str | None) -> Call:
-        """The same call, sharing prefix-cache blocks within ``scope`` only. None is everybody's.
+        """The same call, sharing prefix-cache blocks and room within ``scope`` only. None is everybody's.
 
         A scope has no colon, so that no ``cache_salt`` of one scope can equal one of another.
         """
@@ -74,7 +74,7 @@ class Call:
         return replace(
             self,
             requests=tuple(
-                replace(request, cache_salt=f"{scope}:{request.cache_salt or ''}")
+                replace(request, cache_salt=f"{scope}:{request.cache_salt or ''}", cache_owner=scope)
                 for request in self.requests
             ),
         )

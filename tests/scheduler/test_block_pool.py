@@ -18,14 +18,16 @@ def weak_hash(data: bytes) -> bytes:
     return bytes([hashlib.sha256(data).digest()[0] & 3])
 
 
-def fill(pool: BlockPool, token_ids: list[int], salt: str | None = None) -> list[int]:
+def fill(
+    pool: BlockPool, token_ids: list[int], salt: str | None = None, owner: str | None = None
+) -> list[int]:
     """Allocates and indexes the full blocks of ``token_ids``."""
     block_ids = pool.allocate(len(token_ids) // SIZE)
     assert block_ids is not None
     keys: list[BlockKey] = []
     for position, block_id in enumerate(block_ids):
         pool.extend_keys(keys, token_ids, salt, position + 1)
-        keys[position] = pool.cache(block_id, keys[position])
+        keys[position] = pool.cache(block_id, keys[position], owner)
     return block_ids
 
 
@@ -84,6 +86,32 @@ def test_the_least_recently_released_contents_are_lost_first() -> None:
     assert pool.allocate(1) == [old_blocks[0]]
     assert match(pool, old) == []
     assert match(pool, new) == new_blocks
+
+
+def test_nobody_drives_out_the_prefixes_of_others() -> None:
+    pool = BlockPool(16, SIZE, "")
+    small = list(range(8))
+    pool.release(fill(pool, small, owner="small"))
+    for start in range(100, 2000, 8):  # a flood of prompts that differ
+        pool.release(fill(pool, list(range(start, start + 8)), owner="large"))
+        pool.check_invariants([])
+    assert len(match(pool, small)) == 2
+    assert len(match(pool, list(range(start, start + 8)))) == 2  # the newest of the flood's own
+    # Blocks are worth nothing unless somebody can have them: all of them are there for one who needs them.
+    everything = pool.allocate(16)
+    assert everything is not None
+    pool.check_invariants([everything])
+    assert match(pool, small) == []
+
+
+def test_owners_share_what_there_is_evenly() -> None:
+    pool = BlockPool(12, SIZE, "")
+    for start in range(0, 4000, 4):
+        owner = "ab"[start // 4 % 2] if start < 2000 else "abc"[start // 4 % 3]
+        pool.release(fill(pool, list(range(start, start + 4)), owner=owner))
+        pool.check_invariants([])
+    kept = [start // 4 % 3 for start in range(2000, 4000, 4) if match(pool, list(range(start, start + 4)))]
+    assert [kept.count(owner) for owner in range(3)] == [4, 4, 4]
 
 
 def test_a_hit_makes_a_prefix_recent() -> None:
@@ -229,7 +257,7 @@ def test_the_invariants_notice_damage(damage: str) -> None:
     if damage == "references":
         pool._num_references[blocks[0]] += 1
     elif damage == "free":
-        pool._free.popitem()
+        pool._blank.popitem()
     else:
         pool._index.popitem()
     with pytest.raises(AssertionError):

@@ -114,6 +114,7 @@ async def test_keys_share_no_prefixes(tokenizer: Tokenizer, stream: bool) -> Non
     assert salts[:3] == salts[3:6]  # one name, two keys
     assert len(set(salts)) == 6
     assert None not in salts
+    assert [request.cache_owner for request in engine.requests] == ["ann"] * 6 + ["bob"] * 3
 
 
 async def test_one_key_leaves_salts_alone(tokenizer: Tokenizer) -> None:
