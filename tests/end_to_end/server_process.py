@@ -23,8 +23,12 @@ class ServerProcess:
         start_seconds: how long it took from its start to the line with its address.
     """
 
-    def __init__(self, *flags: str, environment: dict[str, str] | None = None) -> None:
+    def __init__(
+        self, *flags: str, environment: dict[str, str] | None = None, prefix: tuple[str, ...] = ()
+    ) -> None:
+        """``prefix`` is a command that runs the command behind it in its own place, as ``unshare`` does."""
         self._flags = flags
+        self._prefix = prefix
         self._environment = environment or {}
         self.lines: list[str] = []
         self.url = ""
@@ -33,7 +37,7 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "server.cli", "serve", "--port", "0", *self._flags],
+            [*self._prefix, sys.executable, "-m", "server.cli", "serve", "--port", "0", *self._flags],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | self._environment,
@@ -76,6 +80,10 @@ class ServerProcess:
             if b"server.launch" in Path(f"/proc/{child}/cmdline").read_bytes():
                 return child
         raise RuntimeError("the server has no engine process")
+
+    def read(self, name: str) -> str:
+        """A file below the ``/proc`` of the API process."""
+        return Path(f"/proc/{self.process.pid}/{name}").read_text()
 
     def metric(self, name: str) -> float:
         """The value of a metric without its prefix, summed over its labels."""
