@@ -12,6 +12,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from server.api_keys import cache_scope
 from server.errors import ConflictError, InvalidRequestError
 from server.guard import SEND_BODY
+from server.http_protocol import WRITE_CHUNK
 
 _KEY = re.compile(rb"[!-~]{1,255}")
 _MAX_ANSWERS = 10_000
@@ -119,7 +120,10 @@ class Idempotency:
 
             return send_and_note
 
-        noted = {**scope, SEND_BODY: noting(scope[SEND_BODY])} if SEND_BODY in scope else scope
+        # What would write past ``send`` is taken out: nothing may pass unseen.
+        noted = {name: value for name, value in scope.items() if name != WRITE_CHUNK}
+        if SEND_BODY in scope:
+            noted[SEND_BODY] = noting(scope[SEND_BODY])
         await self._app(noted, receive_again, noting(send))
 
     def _shrink(self) -> None:

@@ -11,9 +11,10 @@ import pytest
 import server.idempotency
 from scheduler.messages import EngineOutput, FinishReason, Request
 from server.api_keys import api_key
+from server.app import create_app
 from server.config import ServerConfig
 from server.tokenizer import Tokenizer
-from tests.server.http_client import api, chat
+from tests.server.http_client import api, chat, serving
 from tests.server.in_process_engine import ScriptedEngine, tokens
 
 PATH = "/v1/chat/completions"
@@ -46,6 +47,16 @@ async def test_the_same_again_is_the_same_answer(tokenizer: Tokenizer, stream: b
         assert _code(await _post(client, "a", stream=stream, seed=1)) == "idempotency_key_reused"
         assert _code(await _post(client, "a", "/v1/responses", stream=stream)) == "idempotency_key_reused"
         assert len(engine.requests) == 2
+
+
+async def test_a_stream_over_a_connection_is_kept_whole(tokenizer: Tokenizer) -> None:
+    app = create_app(ServerConfig(), ScriptedEngine(tokens([28], [29], [30])), tokenizer)
+    async with serving(app) as port, httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as client:
+        first = await _post(client, "a", stream=True)
+        again = await _post(client, "a", stream=True)
+    assert again.headers["idempotent-replayed"] == "true"
+    assert first.text.count("data: ") > 4
+    assert again.text == first.text
 
 
 async def test_the_same_at_the_same_time_is_generated_once(tokenizer: Tokenizer) -> None:
