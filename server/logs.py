@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import time
 from collections.abc import Mapping
 from contextvars import ContextVar
 from types import MappingProxyType
+
+from server.log_writer import LogWriter
 
 # The x-request-id of the request that the current task works for.
 http_request_id: ContextVar[str | None] = ContextVar("http_request_id", default=None)
@@ -61,7 +64,7 @@ class TextFormatter(logging.Formatter):
 
 def configure_logging(level: str, form: str) -> None:
     """Logs to standard error, in the form ``text`` or ``json``."""
-    handler = logging.StreamHandler()
+    handler = LogWriter(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
     logging.basicConfig(level=level.upper(), handlers=[handler])
 
