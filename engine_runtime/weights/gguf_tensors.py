@@ -156,6 +156,7 @@ def dequantize_blocks(data: NDArray[np.uint8], quantization: GGMLQuantizationTyp
         data: bytes of blocks, one after the other.
     """
     block_size, block_bytes = GGML_QUANT_SIZES[quantization]
+    data = np.asarray(data)  # each view of a memmap costs microseconds, and there are many
     values = np.empty(len(data) // block_bytes * block_size, np.float32)
     step = _DEQUANTIZED_AT_ONCE // block_size
     for i in range(0, len(data) // block_bytes, step):

@@ -7,6 +7,7 @@ reads weights that are packed for steps of few tokens. Both give the same bits.
 from __future__ import annotations
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from engine_runtime.executors.onnxruntime.decoder_graph import (
 from engine_runtime.executors.onnxruntime.node_states import OPERATORS, NodeStates
 from engine_runtime.executors.onnxruntime.operators import DOMAIN, compiled
 from engine_runtime.executors.onnxruntime.ort_session import OrtSession, external_initializer, packs_matrices
-from engine_runtime.executors.onnxruntime.packed_weights import PackedWeights, packed_bytes
+from engine_runtime.executors.onnxruntime.packed_weights import PackedWeights, matrices_of
 from engine_runtime.executors.onnxruntime.quantization import quantize_weight
 from engine_runtime.executors.onnxruntime.step_record import TOKENS, StepRecord
 from engine_runtime.kernels.cpu import KvCache
@@ -94,11 +95,14 @@ class DecoderSession:
         report("kernels", len(kernels), len(kernels))
         nodes = self._states.nodes(graph)
         weights: dict[str, npt.NDArray[Any]] = {}
-        packed = PackedWeights(packed_bytes(graph)) if max_narrow else None
-        for i, (name, stored) in enumerate(graph.weights.items()):
-            if name not in weights:
-                weights.update(_load(name, stored, checkpoint, packed))
-            report("weights", i + 1, len(graph.weights))
+        packed = PackedWeights(matrices_of(graph)) if max_narrow else None
+        # Scales are inputs of the graph too, but come with their matrices.
+        wanted = [(name, stored) for name, stored in graph.weights.items() if stored.form != "scale"]
+        with ThreadPoolExecutor(num_threads) as threads:
+            loaded = threads.map(lambda item: _load(*item, checkpoint, packed), wanted)
+            for i, arrays in enumerate(loaded):
+                weights.update(arrays)
+                report("weights", i + 1, len(wanted))
         self._wide = _Compiled(self._compile(graph, nodes, weights))
         vectors = {name: array for name, array in weights.items() if array.ndim < 2}
         self._narrow, self._max_narrow = self._wide, max_narrow
@@ -201,7 +205,6 @@ def _load(
             return {name: np.ascontiguousarray(values.T)}
         case _:
             quantized, scale = quantize_weight(values, stored.rotation)
-            matrix = name.removesuffix(".scale")
             if packed is not None:
-                packed.add(matrix, quantized)
-            return {matrix: np.ascontiguousarray(quantized.T), f"{matrix}.scale": scale}
+                packed.pack(name, quantized)
+            return {name: np.ascontiguousarray(quantized.T), f"{name}.scale": scale}

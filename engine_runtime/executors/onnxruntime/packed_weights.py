@@ -8,6 +8,7 @@ The offset is -128 times the sum of an output's weights, for the zero point of t
 from __future__ import annotations
 
 import mmap
+from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
@@ -20,10 +21,15 @@ from engine_runtime.kernels.cpu_simd import LANES
 
 def packed_bytes(graph: DecoderGraph) -> int:
     """Size of a graph's packed matrices; 0 where not all are int8, or the processor cannot multiply them."""
-    matrices = [weight for weight in graph.weights.values() if len(weight.shape) > 1]
-    if not has_packed_product() or any(weight.form != "int8" for weight in matrices):
+    matrices = matrices_of(graph)
+    if not has_packed_product() or any(graph.weights[name].form != "int8" for name in matrices):
         return 0
-    return sum(_size(*weight.shape) for weight in matrices)
+    return sum(_size(*shape) for shape in matrices.values())
+
+
+def matrices_of(graph: DecoderGraph) -> dict[str, tuple[int, ...]]:
+    """Names and shapes [in, out] of a graph's matrices."""
+    return {name: weight.shape for name, weight in graph.weights.items() if len(weight.shape) > 1}
 
 
 def _size(num_inputs: int, num_outputs: int) -> int:
@@ -31,32 +37,32 @@ def _size(num_inputs: int, num_outputs: int) -> int:
 
 
 class PackedWeights:
-    """Packed matrices one after the other, in the order in which they are added.
+    """Packed matrices one after the other, in the order in which they are named.
 
     They lie in huge pages where the system has them: a step reads all of them, and small pages cost it a
     tenth.
     """
 
-    def __init__(self, num_bytes: int) -> None:
-        """Reserves room for matrices of ``num_bytes`` in all."""
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Reserves room for matrices [in, out]; both extents are multiples of 16."""
+        self._places: dict[str, slice] = {}
+        num_bytes = 0
+        for name, shape in shapes.items():
+            self._places[name] = slice(num_bytes, num_bytes + _size(*shape))
+            num_bytes += _size(*shape)
         memory = mmap.mmap(-1, max(1, num_bytes), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(memory, np.uint8)
-        self._used = 0
-        self._addresses: dict[str, int] = {}
 
-    def add(self, name: str, weight: npt.NDArray[np.int8]) -> None:
-        """Packs a matrix, C-contiguous [out, in]; both extents are multiples of 16."""
+    def pack(self, name: str, weight: npt.NDArray[np.int8]) -> None:
+        """Puts a matrix, C-contiguous [out, in], into its place. Several threads may, one a matrix."""
         outputs, inputs = weight.shape
         tiles = outputs // LANES
-        size = _size(inputs, outputs)
-        place = self._bytes[self._used : self._used + size].view(np.int32).reshape(tiles, -1, LANES)
+        place = self._bytes[self._places[name]].view(np.int32).reshape(tiles, -1, LANES)
         place[:, 0] = weight.sum(axis=1, dtype=np.int32).reshape(tiles, LANES) * -ZERO_POINT
         fours = weight.view(np.int32).reshape(tiles, LANES, inputs // DEPTH)
         place[:, 1:] = fours.transpose(0, 2, 1)
-        self._addresses[name] = self._bytes.ctypes.data + self._used
-        self._used += size
 
     def address(self, name: str) -> int:
-        return self._addresses[name]
+        return int(self._bytes.ctypes.data) + self._places[name].start

@@ -107,12 +107,15 @@ def fuse_quantized(graph: DecoderGraph) -> None:
 
     What matches no pattern stays as it is: correct, with more passes over memory.
     """
+    find = _Neighbours(graph)
     for node in [n for n in graph.nodes if n.op_type == "QuantizeRows"]:
         for fuse in (_fuse_norm, _fuse_swiglu, _fuse_attention_output):
-            if fuse(graph, node):
+            if fuse(graph, node, find):
+                find = _Neighbours(graph)
                 break
     for node in [n for n in graph.nodes if n.op_type.startswith("Attention")]:
-        _fuse_attention_input(graph, node)
+        if _fuse_attention_input(graph, node, find):
+            find = _Neighbours(graph)
 
 
 class _Neighbours:
@@ -122,20 +125,19 @@ class _Neighbours:
         self._producers = graph.producers()
         self._consumers = graph.consumers()
 
-    def producer(self, value: str, op_type: str, num_consumers: int = 1) -> onnx.NodeProto | None:
-        """The node of this type that computes ``value``, if so many nodes read it."""
+    def producer(self, value: str, op_type: str, num_consumers: int | None = 1) -> onnx.NodeProto | None:
+        """The node of this type that computes ``value``, if so many nodes read it (None: however many)."""
         node = self._producers.get(value)
-        if node is None or node.op_type != op_type or len(self._consumers[value]) != num_consumers:
+        if node is None or node.op_type != op_type:
             return None
-        return node
+        return node if num_consumers in (None, len(self._consumers[value])) else None
 
 
-def _fuse_norm(graph: DecoderGraph, quantize: onnx.NodeProto) -> bool:
+def _fuse_norm(graph: DecoderGraph, quantize: onnx.NodeProto, find: _Neighbours) -> bool:
     """Dequantize, Add, RMSNormalization, QuantizeRows; the sum is also the residual stream."""
-    find = _Neighbours(graph)
     norm = find.producer(quantize.input[0], "RMSNormalization")
-    total = graph.producers().get(norm.input[0]) if norm else None
-    if norm is None or total is None or total.op_type != "Add":
+    total = find.producer(norm.input[0], "Add", None) if norm else None
+    if norm is None or total is None:
         return False
     products = [find.producer(name, "Dequantize") for name in total.input]
     dequantize = products[0] or products[1]
@@ -158,9 +160,8 @@ def _fuse_norm(graph: DecoderGraph, quantize: onnx.NodeProto) -> bool:
     return True
 
 
-def _fuse_swiglu(graph: DecoderGraph, quantize: onnx.NodeProto) -> bool:
+def _fuse_swiglu(graph: DecoderGraph, quantize: onnx.NodeProto, find: _Neighbours) -> bool:
     """Dequantize, Split, x * sigmoid(x), Mul, QuantizeRows."""
-    find = _Neighbours(graph)
     gated = find.producer(quantize.input[0], "Mul")
     if gated is None:
         return False
@@ -197,8 +198,8 @@ def _fuse_swiglu(graph: DecoderGraph, quantize: onnx.NodeProto) -> bool:
     return True
 
 
-def _fuse_attention_output(graph: DecoderGraph, quantize: onnx.NodeProto) -> bool:
-    attention = _Neighbours(graph).producer(quantize.input[0], "Attention")
+def _fuse_attention_output(graph: DecoderGraph, quantize: onnx.NodeProto, find: _Neighbours) -> bool:
+    attention = find.producer(quantize.input[0], "Attention")
     if attention is None:
         return False
     fused = onnx.NodeProto()
@@ -210,8 +211,8 @@ def _fuse_attention_output(graph: DecoderGraph, quantize: onnx.NodeProto) -> boo
     return True
 
 
-def _fuse_attention_input(graph: DecoderGraph, attention: onnx.NodeProto) -> bool:
-    dequantize = _Neighbours(graph).producer(attention.input[0], "Dequantize")
+def _fuse_attention_input(graph: DecoderGraph, attention: onnx.NodeProto, find: _Neighbours) -> bool:
+    dequantize = find.producer(attention.input[0], "Dequantize")
     if dequantize is None:
         return False
     fused = onnx.NodeProto()

@@ -27,9 +27,9 @@ _GUARD = 0x5A5A5A5A
 def _multiply(x: npt.NDArray[np.uint8], weight: npt.NDArray[np.int8], parts: int) -> npt.NDArray[np.int32]:
     """The kernel's sums; the memory around x's rows and the sums must not matter."""
     (rows, columns), outputs = x.shape, len(weight)
-    packed = PackedWeights(2 * outputs * (4 + columns))
-    packed.add("before", _RNG.integers(-127, 128, weight.shape, np.int8))
-    packed.add("w", weight)
+    packed = PackedWeights(dict.fromkeys(("before", "w"), (columns, outputs)))
+    packed.pack("w", weight)
+    packed.pack("before", _RNG.integers(-127, 128, weight.shape, np.int8))
     sums = np.full((rows + 1, outputs), _GUARD, np.int32)
     arguments = np.zeros(product.WEIGHTS + product.NUM_EXTRA, np.int64)
     arguments[ROWS], arguments[COLUMNS] = rows, columns
