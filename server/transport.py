@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 # The check takes 26 ms for 100,000 blocks: when nothing has happened for a while, and not too often.
 _CHECK_AFTER_IDLE_MS = 1000
 _CHECK_EVERY_S = 10.0
+_MAX_MESSAGE_BYTES = 256 * 2**20
+_MAX_IGNORED = 1000
 # How often to look for an engine that has not bound its socket yet.
 _CONNECT_EVERY_MS = 10
 
@@ -156,7 +158,7 @@ class EngineEnd:
     """The engine process's end: feeds an ``EngineCore`` and sends back what its steps produce.
 
     Whoever sends START is told of the loading and may say QUIT. Those who JOIN get READY, their share of the
-    outputs, and the statistics of every step.
+    outputs, and the statistics of every step. Who sends anything else is not listened to any more.
     """
 
     def __init__(self, address: str) -> None:
@@ -164,8 +166,10 @@ class EngineEnd:
         self._socket = self._context.socket(zmq.ROUTER)
         self._socket.setsockopt(zmq.LINGER, 1000)
         self._socket.set_hwm(0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES)
         self._socket.bind(address)
         self._starter = b""
+        self._ignored: set[bytes] = set()
         self._ready: tuple[bytes, bytes] | None = None
         self._routes = OutputRoutes()
         # An event that any thread may raise, to end a wait for a message.
@@ -180,12 +184,30 @@ class EngineEnd:
 
     def receive(self) -> tuple[Kind, Any]:
         """Waits for the first message; who sent it started this process."""
-        self._starter, kind, body = self._receive()
+        while (message := self._receive()) is None:
+            pass
+        self._starter, kind, body = message
         return kind, body
 
-    def _receive(self) -> tuple[bytes, Kind, Any]:
+    def _receive(self) -> tuple[bytes, Kind, Any] | None:
+        """The next message; None if it is none of ours, or from somebody who sent such a one."""
         sender, *frames = self._socket.recv_multipart()
-        return sender, *decode(frames)
+        if sender in self._ignored:
+            return None
+        try:
+            return sender, *decode(frames)
+        except TransportError as error:
+            self._ignore(sender, error)
+            return None
+
+    def _ignore(self, sender: bytes, error: TransportError) -> None:
+        """Raises the error if the sender is the process that started this one: nothing can go on then."""
+        if sender == self._starter:
+            raise error
+        _log.warning("a stranger on the line is ignored: %s", error)
+        if len(self._ignored) >= _MAX_IGNORED:
+            self._ignored.clear()
+        self._ignored.add(sender)
 
     def send(self, kind: Kind, body: object = None) -> None:
         """To the process that started this one."""
@@ -215,26 +237,48 @@ class EngineEnd:
                     next_check = time.monotonic() + _CHECK_EVERY_S
                     self._wait()
             while self._socket.poll(0):
-                sender, kind, body = self._receive()
-                if kind is Kind.REQUEST:
-                    self._routes.add(body.request_id, sender)
-                    core.add_request(body)
-                elif kind is Kind.ABORT:
-                    core.abort(body)
-                elif kind is Kind.JOIN:
-                    self._join(sender)
-                elif kind is Kind.LEAVE:
-                    for request_id in self._routes.leave(body.encode()):
-                        core.abort(request_id)
-                elif kind is Kind.VOCABULARY:
-                    on_vocabulary(body)
-                elif kind is Kind.QUIT:
+                message = self._receive()
+                if message is None:
+                    continue
+                sender, kind, body = message
+                if kind is Kind.QUIT and self._may_command(sender):
                     return
-                else:
-                    raise TransportError(f"an engine does not take {kind.name}")
+                try:
+                    self._take(sender, kind, body, core, on_vocabulary)
+                except TransportError as error:
+                    self._ignore(sender, error)
             if core.has_work:
                 for member, share in self._routes.split(core.step()):
                     self._socket.send_multipart((member, *encode(Kind.OUTPUTS, share)))
+
+    def _take(
+        self,
+        sender: bytes,
+        kind: Kind,
+        body: Any,
+        core: EngineCore,
+        on_vocabulary: Callable[[Vocabulary], None],
+    ) -> None:
+        if kind is Kind.REQUEST:
+            try:
+                core.add_request(body)
+            except ValueError as error:
+                raise TransportError(str(error)) from None
+            self._routes.add(body.request_id, sender)
+        elif kind is Kind.ABORT:
+            core.abort(body)
+        elif kind is Kind.JOIN:
+            self._join(sender)
+        elif kind is Kind.LEAVE:
+            for request_id in self._routes.leave(body.encode()):
+                core.abort(request_id)
+        elif kind is Kind.VOCABULARY and self._may_command(sender):
+            on_vocabulary(body)
+        else:
+            raise TransportError(f"an engine does not take {kind.name}")
+
+    def _may_command(self, sender: bytes) -> bool:
+        return sender == self._starter or not self._starter
 
     def _join(self, member: bytes) -> None:
         self._routes.join(member)

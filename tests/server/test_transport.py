@@ -1,12 +1,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import pickle
+import socket
 import stat
 import threading
 from pathlib import Path
 
 import msgspec
 import pytest
+import zmq
 
 from scheduler.engine_core import EngineCore
 from scheduler.hashing_executor import HashingExecutor
@@ -142,6 +146,58 @@ async def test_an_engine_core_behind_the_line() -> None:
             api.send(Kind.QUIT)
             await asyncio.to_thread(thread.join, 10)
             api.close()
+    assert not thread.is_alive()
+    core.check_invariants()
+
+
+async def test_strangers_on_the_line_disturb_nobody(caplog: pytest.LogCaptureFixture) -> None:
+    core = EngineCore(HashingExecutor(num_blocks=64, block_size=4, step_seconds=0.01))
+    start = encode(*MESSAGES[0])
+    with private_address() as address:
+        engine = EngineEnd(address)
+        starter, context = ApiEnd(address, "starter"), zmq.Context()
+        starter.send(*MESSAGES[0])
+        assert engine.receive()[0] is Kind.START
+        thread = threading.Thread(target=lambda: (engine.run(core), engine.close()))
+        thread.start()
+        try:
+            starter.send(Kind.JOIN)
+            request = Request("r", (1, 0, 1), SamplingParams(max_tokens=40))
+            starter.send(Kind.REQUEST, request)
+            garbage = [
+                (pickle.dumps({"a": 1}),),
+                (b"A", pickle.dumps(["r"])),
+                (b"A", b"\xff" * 100_000),
+                start,
+                encode(Kind.REQUEST, request),  # an id that runs
+                encode(Kind.QUIT),
+                encode(Kind.VOCABULARY, Vocabulary("{}", ())),
+            ]
+            for frames in garbage:
+                stranger = context.socket(zmq.DEALER)
+                stranger.setsockopt(zmq.LINGER, 200)
+                stranger.connect(address)
+                stranger.send_multipart(frames)
+                stranger.close()
+            for content in (b"GET / HTTP/1.1\r\n\r\n", b"\x80\x04." * 1000, bytes(1000)):
+                with socket.socket(socket.AF_UNIX) as raw, contextlib.suppress(OSError):
+                    raw.connect(address.removeprefix("ipc://"))
+                    raw.sendall(content)
+            num_tokens = 0
+            while num_tokens < 40:
+                kind, body = await asyncio.wait_for(starter.receive(), 10)
+                assert kind is Kind.OUTPUTS
+                num_tokens += sum(len(output.token_ids) for output in body.outputs)
+            async with asyncio.timeout(5):
+                while caplog.text.count("a stranger on the line") < len(garbage):
+                    starter.send(Kind.ABORT, "nobody")
+                    await asyncio.sleep(0.02)
+            assert thread.is_alive()
+        finally:
+            starter.send(Kind.QUIT)
+            await asyncio.to_thread(thread.join, 10)
+            starter.close()
+            context.term()
     assert not thread.is_alive()
     core.check_invariants()
 
