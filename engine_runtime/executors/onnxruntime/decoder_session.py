@@ -99,7 +99,7 @@ class DecoderSession:
         # Scales are inputs of the graph too, but come with their matrices.
         wanted = [(name, stored) for name, stored in graph.weights.items() if stored.form != "scale"]
         with ThreadPoolExecutor(num_threads) as threads:
-            loaded = threads.map(lambda item: _load(*item, checkpoint, packed), wanted)
+            loaded = threads.map(lambda item: _load(item[0], item[1], checkpoint, packed), wanted)
             for i, arrays in enumerate(loaded):
                 weights.update(arrays)
                 report("weights", i + 1, len(wanted))

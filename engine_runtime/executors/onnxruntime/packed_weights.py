@@ -65,4 +65,5 @@ class PackedWeights:
         place[:, 1:] = fours.transpose(0, 2, 1)
 
     def address(self, name: str) -> int:
-        return int(self._bytes.ctypes.data) + self._places[name].start
+        address: int = self._bytes.ctypes.data
+        return address + int(self._places[name].start)
