@@ -416,10 +416,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         shown = meta["help"]
         if setting.default is not None and "default" not in shown:
             shown += f" (default: {setting.default})"
+        bare: dict[str, Any] = {"nargs": "?", "const": "on"} if meta["parse"] is _switch else {}
         group.add_argument(
             "--" + setting.name.replace("_", "-"),
             metavar=meta["metavar"] or setting.name.upper(),
-            **({"nargs": "?", "const": "on"} if meta["parse"] is _switch else {}),
+            **bare,
             help=shown.replace("%", "%%"),
         )
 
