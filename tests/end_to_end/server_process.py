@@ -15,6 +15,14 @@ from typing import Self
 import httpx
 
 
+def metric_at(url: str, name: str) -> float:
+    """The value of a metric without its prefix, summed over its labels."""
+    text = httpx.get(f"{url}/metrics").text
+    values = re.findall(rf"^inflightd:{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
+    assert values, f"{name} is not in /metrics"
+    return sum(map(float, values))
+
+
 class ServerProcess:
     """Started by ``with``; ended by SIGTERM, and by SIGKILL if that takes over 20 s.
 
@@ -86,11 +94,7 @@ class ServerProcess:
         return Path(f"/proc/{self.process.pid}/{name}").read_text()
 
     def metric(self, name: str) -> float:
-        """The value of a metric without its prefix, summed over its labels."""
-        text = httpx.get(f"{self.url}/metrics").text
-        values = re.findall(rf"^inflightd:{name}(?:\{{.*\}})? (\S+)$", text, re.MULTILINE)
-        assert values, f"{name} is not in /metrics"
-        return sum(map(float, values))
+        return metric_at(self.url, name)
 
     def wait_until(self, name: str, value: float, seconds: float = 5.0) -> None:
         deadline = time.monotonic() + seconds
