@@ -32,11 +32,21 @@ class ServerProcess:
     """
 
     def __init__(
-        self, *flags: str, environment: dict[str, str] | None = None, prefix: tuple[str, ...] = ()
+        self,
+        *flags: str,
+        environment: dict[str, str] | None = None,
+        prefix: tuple[str, ...] = (),
+        program: tuple[str, ...] = ("-m", "server.cli"),
     ) -> None:
-        """``prefix`` is a command that runs the command behind it in its own place, as ``unshare`` does."""
+        """
+        Args:
+            flags: of ``serve``.
+            prefix: a command that runs the command behind it in its own place, as ``unshare`` does.
+            program: what Python runs.
+        """
         self._flags = flags
         self._prefix = prefix
+        self._program = program
         self._environment = environment or {}
         self.lines: list[str] = []
         self.url = ""
@@ -45,7 +55,7 @@ class ServerProcess:
 
     def __enter__(self) -> Self:
         self.process = subprocess.Popen(
-            [*self._prefix, sys.executable, "-m", "server.cli", "serve", "--port", "0", *self._flags],
+            [*self._prefix, sys.executable, *self._program, "serve", "--port", "0", *self._flags],
             stderr=subprocess.PIPE,
             text=True,
             env=os.environ | self._environment,

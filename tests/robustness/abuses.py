@@ -249,3 +249,6 @@ ABUSES: dict[str, Abuse] = {
     "bytes one by one": byte_by_byte,
     "noise": noise,
 }
+
+# Those that take seconds by themselves.
+SLOW = frozenset({"a slow head", "a client that stops reading"})

@@ -3,7 +3,7 @@
     python -m tests.robustness.soak --minutes 30 [--streams 32] [--cancelled 0.1] [--kill-every 120]
 
 Starts a server of its own with the default model, asks it for the answers in quiet, and then compares every
-token that a client sees with them (``ledger``). Prints what it saw as JSON; exit status 1 if anything is wrong.
+token that a client sees with them (``ledger``). Prints JSON; exit status 1 if anything was wrong.
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ class Soak:
     """One run against a server.
 
     Attributes:
+        kinds: names of the abuses, each of which has its turn.
         faults: what was wrong beside what the ledger holds.
         restarts: seconds from each kill of the engine to readiness.
     """
@@ -54,6 +55,7 @@ class Soak:
     canary_every: float = 5.0
     kill_every: float = 0.0
     engine_pid: Callable[[], int] | None = None
+    kinds: Sequence[str] = tuple(sorted(ABUSES))
     ledger: Ledger = field(default_factory=Ledger)
     faults: list[str] = field(default_factory=list)
     abuses: Counter[str] = field(default_factory=Counter)
@@ -68,7 +70,7 @@ class Soak:
         work += [self._at_intervals(end, self.canary_every, self._canary)]
         work += [self._at_intervals(end, self.abuse_every, self._abuse)]
         if self.kill_every:
-            work.append(self._at_intervals(end, self.kill_every, self._kill))
+            work.append(self._at_intervals(end, self.kill_every, lambda number: self.kill()))
         await asyncio.gather(*work)
         self.ledger.balance()
 
@@ -127,7 +129,7 @@ class Soak:
 
     async def _abuse(self, number: int) -> None:
         chance = random.Random(f"{self.seed} abuse {number}")
-        names = sorted(ABUSES)
+        names = list(self.kinds)
         random.Random(f"{self.seed} round {number // len(names)}").shuffle(names)
         name = names[number % len(names)]
         self.abuses[name] += 1
@@ -152,7 +154,8 @@ class Soak:
         if response.status != 200 or whole_answer(body) != case.expected:
             self.faults.append(f"canary {case.name}: status {response.status}, {body[:300]}")
 
-    async def _kill(self, number: int) -> None:
+    async def kill(self) -> None:
+        """Kills the engine and waits until there is another."""
         assert self.engine_pid is not None
         self.is_restarting = True
         killed = time.monotonic()
