@@ -16,7 +16,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 
 from server.gguf_metadata import GgufError, read_gguf_metadata
 from server.pre_tokenizers import pre_tokenizer_named
-from server.tokenizer_spec import TokenizerError, TokenizerSpec
+from server.tokenizer_spec import TokenizerError, TokenizerSpec, checked
 
 _PREFIX = "tokenizer.ggml."
 _NAMED_TOKENS = {
@@ -191,10 +191,10 @@ def _sentencepiece(vocabulary: _Vocabulary) -> tuple[tokenizers.Tokenizer, bool]
 
 
 def _bpe(**arguments: Any) -> tokenizers.Tokenizer:
-    try:
-        return tokenizers.Tokenizer(models.BPE(**arguments))
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(f"The GGUF file's vocabulary and merges do not fit together: {error}") from None
+    return checked(
+        lambda: tokenizers.Tokenizer(models.BPE(**arguments)),
+        "The GGUF file's vocabulary and merges do not fit together",
+    )
 
 
 def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:

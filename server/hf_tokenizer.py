@@ -10,7 +10,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
-from server.tokenizer_spec import TokenizerError, TokenizerSpec
+from server.tokenizer_spec import TokenizerError, TokenizerSpec, checked
 
 _MAX_TOKENIZER_BYTES = 256 * 2**20
 _MAX_CONFIG_BYTES = 16 * 2**20
@@ -50,10 +50,7 @@ def tokenizer_from_folder(folder: Path) -> TokenizerSpec:
 def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if path.stat().st_size > _MAX_TOKENIZER_BYTES:
         raise TokenizerError(f"{path.name} is {path.stat().st_size >> 20} MiB long: that is no tokenizer.")
-    try:
-        return tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises plain Exception
-        raise TokenizerError(f"{path.name} cannot be read: {error}") from None
+    return checked(lambda: tokenizers.Tokenizer.from_file(str(path)), f"{path.name} cannot be read")
 
 
 def _convert(folder: Path) -> tokenizers.Tokenizer:

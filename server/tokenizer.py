@@ -12,7 +12,10 @@ from server.chat_template import ChatTemplate, ChatTemplateError, with_parsed_ca
 from server.control_tokens import ControlTokenError, ControlTokens
 from server.token_bound import TokenBound
 from server.token_bytes import LeadingSpace, TokenBytes, with_plain_spaces
-from server.tokenizer_spec import TokenizerError, TokenizerSpec
+from server.tokenizer_spec import TokenizerError, TokenizerSpec, checked
+
+# With letters, numbers, and characters that few vocabularies have.
+_SAMPLE = "A sample: 12 é\n\U0001f642\U000e0041"
 
 
 class InvalidTextError(ValueError):
@@ -64,6 +67,8 @@ class Tokenizer:
         self._special_names = {token.content: token_id for token_id, token in special.items()}
         self.special_token_names = frozenset(self._special_names)
         self.vocab_size = max(spec.backend.get_vocab_size(with_added_tokens=True), *(i + 1 for i in added), 0)
+        # Parts that contradict each other are found when they are used for the first time: now, then.
+        checked(lambda: spec.backend.encode_batch_fast([_SAMPLE]), "The tokenizer fails on a plain text")
         self._bytes = TokenBytes(spec.backend)
         # By the control tokens that are shown all the same; few sets are ever asked for.
         self._visible_bytes = {frozenset[int](): self._bytes.hiding(self.special_token_ids)}

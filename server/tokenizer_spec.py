@@ -2,14 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 import tokenizers
+
+T = TypeVar("T")
 
 
 class TokenizerError(Exception):
     """The tokenizer cannot be loaded; the message says why and what would work."""
+
+
+def checked(work: Callable[[], T], what: str) -> T:
+    """Does something with the tokenizers library and what somebody else wrote.
+
+    Raises:
+        TokenizerError: beginning with ``what``, for all that the library raises, which is plain Exception,
+            and its panics, which are not even that.
+    """
+    try:
+        return work()
+    except BaseException as error:
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise TokenizerError(f"{what}: {error}") from None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Mapping
 
 from engine_runtime.model_config import ConfigError
+
+_INT64_MAX = 2**63 - 1
+_LARGEST = sys.float_info.max
 
 REQUIRED = object()
 """Passed as a default: the field must be there."""
@@ -30,13 +33,23 @@ class ConfigFields:
 
     def integer(self, name: str, default: int | object = REQUIRED) -> int:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int):
+        if isinstance(value, bool) or not isinstance(value, int) or abs(value) > _INT64_MAX:
             raise self._wrong(name, value, "an integer")
+        return value
+
+    def size(self, name: str, default: int | object = REQUIRED) -> int:
+        value = self.integer(name, default)
+        if value < 1:
+            raise self._wrong(name, value, "an integer above 0")
         return value
 
     def number(self, name: str, default: float | object = REQUIRED) -> float:
         value = self._get(name, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        if (
+            isinstance(value, bool)
+            or not isinstance(value, int | float)
+            or not -_LARGEST <= value <= _LARGEST  # an integer may be larger than any float
+        ):
             raise self._wrong(name, value, "a finite number")
         return float(value)
 

@@ -42,8 +42,8 @@ def read_gguf_config(
     has_window = name == "llama" and fields.integer("attention.sliding_window", 0) > 0
     architecture = "mistral" if has_window else name
 
-    hidden_size = fields.integer("embedding_length")
-    num_heads = fields.integer("attention.head_count")
+    hidden_size = fields.size("embedding_length")
+    num_heads = fields.size("attention.head_count")
     num_layers = check_num_layers(fields.integer("block_count"))
     head_dim = _head_dim(fields, hidden_size, num_heads)
     is_gemma3 = architecture == "gemma3"
@@ -79,9 +79,7 @@ def read_gguf_config(
 
 
 def _head_dim(fields: ConfigFields, hidden_size: int, num_heads: int) -> int:
-    if num_heads < 1:
-        raise ConfigError(f"attention.head_count is {num_heads}")
-    head_dim = fields.integer("attention.key_length", hidden_size // num_heads)
+    head_dim = fields.size("attention.key_length", hidden_size // num_heads)
     if fields.integer("attention.value_length", head_dim) != head_dim:
         raise ConfigError("keys and values of different sizes are not supported")
     if fields.integer("rope.dimension_count", head_dim) != head_dim:

@@ -45,8 +45,8 @@ def read_hf_config(
     architecture = require_architecture(_ARCHITECTURE_OF_MODEL_TYPE.get(model_type, model_type))
 
     is_gemma3 = architecture == "gemma3"
-    hidden_size = fields.integer("hidden_size")
-    num_heads = fields.integer("num_attention_heads", 8 if is_gemma3 else REQUIRED)
+    hidden_size = fields.size("hidden_size")
+    num_heads = fields.size("num_attention_heads", 8 if is_gemma3 else REQUIRED)
     head_dim = _head_dim(fields, architecture, hidden_size, num_heads)
     num_layers = check_num_layers(fields.integer("num_hidden_layers"))
     _check_activation(fields, architecture)
@@ -97,12 +97,12 @@ def _refuse_what_is_not_weights(top: ConfigFields) -> None:
 
 def _head_dim(fields: ConfigFields, architecture: str, hidden_size: int, num_heads: int) -> int:
     if fields.has("head_dim"):
-        return fields.integer("head_dim")
+        return fields.size("head_dim")
     if architecture == "gemma3":
         return 256
     if architecture == "qwen3":
         return 128
-    if num_heads < 1 or hidden_size % num_heads:
+    if hidden_size % num_heads:
         raise ConfigError(f"hidden_size ({hidden_size}) is no multiple of num_attention_heads ({num_heads})")
     return hidden_size // num_heads
 

@@ -26,6 +26,7 @@ from server.hf_tokenizer import tokenizer_from_folder
 from server.pre_tokenizers import PRE_TOKENIZERS
 from server.tokenizer import InvalidTextError, Tokenizer, load_tokenizer
 from server.tokenizer_spec import TokenizerError, TokenizerSpec
+from tests.robustness.model_files import tokenizer_json
 from tests.server.text_fixtures import (
     FIXTURES,
     NORMAL,
@@ -335,6 +336,24 @@ def test_a_gguf_file_that_is_none_is_refused(tmp_path: Path) -> None:
 
 def copied(folder: str, to: Path) -> Path:
     return Path(shutil.copytree(FIXTURES / folder, to / folder))
+
+
+@pytest.mark.parametrize(
+    ("part", "change", "reason"),
+    [
+        ("model", {"continuing_subword_prefix": "x" * 50}, "tokenizer.json cannot be read: range end"),
+        ("model", {"unk_token": "nobody"}, "fails on a plain text: Unk token"),
+        ("post_processor", {"special_tokens": {}}, "fails on a plain text: no entry"),
+    ],
+)
+def test_parts_that_do_not_fit_together_are_refused_even_if_the_library_panics(
+    part: str, change: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    whole = tokenizer_json()
+    whole[part] |= change
+    (tmp_path / "tokenizer.json").write_text(json.dumps(whole))
+    with pytest.raises(TokenizerError, match=reason):
+        load_tokenizer(tmp_path)
 
 
 def test_folder_templates_the_newest_place_wins(tmp_path: Path) -> None:
