@@ -20,6 +20,33 @@ examples:
   inflightd bench serve --prompts prompts.jsonl --json figures.json --plot figures.svg
   inflightd bench serve --url https://host/base --endpoint chat --no-ignore-eos     another server"""
 
+_THROUGHPUT_HELP = """\
+Sends many requests at once and reports how much was done in all: requests and tokens a second."""
+
+_THROUGHPUT_EXAMPLES = """\
+examples:
+  inflightd bench throughput                                   starts a server with the default model
+  inflightd bench throughput -- model.gguf --max-num-seqs 64   starts one with these flags
+  inflightd bench throughput --url http://127.0.0.1:8000 --requests 500 --output-tokens 256"""
+
+_LATENCY_HELP = """\
+Sends one request after the other and reports times: to the first token (TTFT), between tokens (ITL), a token
+(TPOT) and of whole answers."""
+
+_LATENCY_EXAMPLES = """\
+examples:
+  inflightd bench latency --prompt-words 512
+  inflightd bench latency --url http://127.0.0.1:8000 --json figures.json"""
+
+_STARTUP_HELP = """\
+Starts a server a few times and reports how long it takes until it is ready and until its first token, and the
+memory of its processes."""
+
+_STARTUP_EXAMPLES = """\
+examples:
+  inflightd bench startup --runs 5
+  inflightd bench startup -- model.gguf --max-model-len 4096"""
+
 
 def _numbers(kind: Callable[[str], Any], minimum: float) -> Callable[[str], tuple[Any, ...]]:
     def parse(text: str) -> tuple[Any, ...]:
@@ -44,25 +71,55 @@ def _at_least(minimum: int) -> Callable[[str], int]:
 def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.description = "Measures servers."
     kinds = parser.add_subparsers(dest="bench", metavar="WHAT", required=True)
-    serve = kinds.add_parser(
-        "serve",
-        help="load on a running server",
-        description=_HELP,
-        epilog=_EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = serve.add_argument
-    add("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
-    add("--model", help="one of the names that the server serves (default: its first)")
-    add("--api-key", metavar="KEY", help="of the server; better in INFLIGHTD_API_KEY")
-    add("--endpoint", choices=sorted(PATHS), default="completions", help="(default: %(default)s)")
+    serve = _kind(kinds, "serve", "load on a running server", _HELP, _EXAMPLES)
+    serve.add_argument("--url", default="http://127.0.0.1:8000", help="of the server (default: %(default)s)")
     load = serve.add_mutually_exclusive_group()
     load.add_argument("--concurrency", type=_numbers(int, 1), default=(1, 8, 32), metavar="N[,N]",
                       help="requests at a time, one load each (default: 1,8,32)")  # fmt: skip
     load.add_argument("--rate", type=_numbers(float, 0.001), metavar="R[,R]",
                       help="requests a second instead, at random times (Poisson)")  # fmt: skip
-    add("--requests", type=_at_least(1), metavar="N",
-        help="of each load (default: 8, or 4 for each at a time; 30 s of a rate)")  # fmt: skip
+    _add_workload(serve, "of each load (default: 8, or 4 for each at a time; 30 s of a rate)")
+    throughput = _kind(
+        kinds, "throughput", "how much a server gets done", _THROUGHPUT_HELP, _THROUGHPUT_EXAMPLES
+    )
+    throughput.add_argument("--concurrency", type=_at_least(1), metavar="N",
+                            help="requests at a time (default: all)")  # fmt: skip
+    latency = _kind(
+        kinds, "latency", "how long one request takes that is alone", _LATENCY_HELP, _LATENCY_EXAMPLES
+    )
+    for kind, default in ((throughput, 128), (latency, 20)):
+        kind.add_argument("--url", help="of a server that runs (default: one is started)")
+        _add_workload(kind, f"in all (default: {default})")
+        _add_flags(kind)
+    startup = _kind(kinds, "startup", "how long a server takes to start", _STARTUP_HELP, _STARTUP_EXAMPLES)
+    startup.add_argument("--runs", type=_at_least(1), default=3, metavar="N", help="(default: %(default)s)")
+    startup.add_argument("--api-key", metavar="KEY", help="of the server; better in INFLIGHTD_API_KEY")
+    startup.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    _add_flags(startup)
+
+
+def _kind(kinds: Any, name: str, help: str, description: str, examples: str) -> argparse.ArgumentParser:
+    parser: argparse.ArgumentParser = kinds.add_parser(
+        name,
+        help=help,
+        description=description,
+        epilog=examples,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    return parser
+
+
+def _add_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("flags", nargs="*", metavar="-- FLAGS",
+                        help="of inflightd serve, behind --, for the server that is started")  # fmt: skip
+
+
+def _add_workload(parser: argparse.ArgumentParser, requests: str) -> None:
+    add = parser.add_argument
+    add("--model", help="one of the names that the server serves (default: its first)")
+    add("--api-key", metavar="KEY", help="of the server; better in INFLIGHTD_API_KEY")
+    add("--endpoint", choices=sorted(PATHS), default="completions", help="(default: %(default)s)")
+    add("--requests", type=_at_least(1), metavar="N", help=requests)
     add("--prompt-words", type=_at_least(2), default=128, metavar="N",
         help="of random prompts; a word is about a token (default: %(default)s)")  # fmt: skip
     add("--shared-prefix-words", type=_at_least(0), default=0, metavar="N",

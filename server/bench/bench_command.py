@@ -1,4 +1,4 @@
-"""``inflightd bench serve``: load on a running server, any that speaks OpenAI's API."""
+"""``inflightd bench``: load on a server that runs, or on one that is started for it."""
 
 from __future__ import annotations
 
@@ -7,17 +7,23 @@ import json
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 import httpx
 from tqdm import tqdm
 
-from server.bench.load_report import LoadReport, plot, report_of, table
+from server.bench.load_report import LoadReport, latency_table, plot, report_of, table, throughput_table
+from server.bench.own_server import OwnServer, OwnServerError
+from server.bench.startup import measure_start, startup_table
 from server.bench.stream_client import Run, Target, run_load
 from server.bench.workload import PATHS, Workload, WorkloadError, poisson_starts, read_prompts
 
 # In an open loop a server may fall behind; more connections than this help nobody.
 _MOST_AT_ONCE = 4096
+_LATENCY_REQUESTS = 20
+_THROUGHPUT_REQUESTS = 128
 
 
 class BenchError(Exception):
@@ -25,37 +31,57 @@ class BenchError(Exception):
 
 
 def run_bench(parsed: argparse.Namespace, api_key: str | None) -> int:
-    """Runs the loads, prints the table; returns 1 if nothing could be run or every request failed."""
+    """Runs what was asked for, prints a table; returns 1 if nothing could be run or every request failed."""
     try:
-        target = Target.of(parsed.url, api_key)
-        workload = Workload(
-            endpoint=parsed.endpoint,
-            model=parsed.model or _first_model(parsed.url, api_key),
-            num_prompt_words=parsed.prompt_words,
-            num_output_tokens=parsed.output_tokens,
-            num_prefix_words=parsed.shared_prefix_words,
-            prompts=read_prompts(parsed.prompts) if parsed.prompts else (),
-            ignores_eos=not parsed.no_ignore_eos,
-            temperature=parsed.temperature,
-        )
-        reports = list(_reports(parsed, target, workload))
-        title = f"{workload.model} at {parsed.url}"
-        print(table(reports))  # noqa: T201
-        if parsed.json:
-            document = {
-                "url": parsed.url, "model": workload.model, "endpoint": workload.endpoint,
-                "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "seed": parsed.seed,
-                "prompt_words": workload.num_prompt_words, "output_tokens": workload.num_output_tokens,
-                "shared_prefix_words": workload.num_prefix_words,
-                "loads": [report.as_json() for report in reports],
-            }  # fmt: skip
-            parsed.json.write_text(json.dumps(document, indent=1) + "\n")
-        if parsed.plot:
-            parsed.plot.write_text(plot(title, reports))
-    except (BenchError, WorkloadError, ValueError, OSError) as error:
+        if parsed.bench == "startup":
+            return _bench_startup(parsed, api_key)
+        with ExitStack() as stack:
+            url: str = parsed.url or stack.enter_context(OwnServer(parsed.flags)).url
+            return _bench_load(parsed, url, api_key)
+    except (BenchError, OwnServerError, WorkloadError, httpx.HTTPError, ValueError, OSError) as error:
         print(f"inflightd bench: {error}", file=sys.stderr)  # noqa: T201
         return 1
+
+
+def _bench_startup(parsed: argparse.Namespace, api_key: str | None) -> int:
+    starts = [measure_start(parsed.flags, _headers(api_key)) for _ in range(parsed.runs)]
+    print(startup_table(starts))  # noqa: T201
+    document = {"flags": parsed.flags, "starts": [start.as_json() for start in starts]}
+    _write_json(parsed.json, parsed.bench, document)
+    return 0
+
+
+def _bench_load(parsed: argparse.Namespace, url: str, api_key: str | None) -> int:
+    target = Target.of(url, api_key)
+    workload = Workload(
+        endpoint=parsed.endpoint,
+        model=parsed.model or _first_model(url, api_key),
+        num_prompt_words=parsed.prompt_words,
+        num_output_tokens=parsed.output_tokens,
+        num_prefix_words=parsed.shared_prefix_words,
+        prompts=read_prompts(parsed.prompts) if parsed.prompts else (),
+        ignores_eos=not parsed.no_ignore_eos,
+        temperature=parsed.temperature,
+    )
+    reports = list(_reports(parsed, target, workload))
+    tables = {"serve": table, "throughput": throughput_table, "latency": latency_table}
+    print(tables[parsed.bench](reports))  # noqa: T201
+    document = {
+        "url": url, "model": workload.model, "endpoint": workload.endpoint, "seed": parsed.seed,
+        "prompt_words": workload.num_prompt_words, "output_tokens": workload.num_output_tokens,
+        "shared_prefix_words": workload.num_prefix_words,
+        "loads": [report.as_json() for report in reports],
+    }  # fmt: skip
+    _write_json(parsed.json, parsed.bench, document)
+    if parsed.plot:
+        parsed.plot.write_text(plot(f"{workload.model} at {url}", reports))
     return 0 if any(report.num_completed for report in reports) else 1
+
+
+def _write_json(path: Path | None, kind: str, document: dict[str, object]) -> None:
+    if path is not None:
+        document = {"bench": kind, "date": time.strftime("%Y-%m-%dT%H:%M:%S%z"), **document}
+        path.write_text(json.dumps(document, indent=1) + "\n")
 
 
 def _reports(parsed: argparse.Namespace, target: Target, workload: Workload) -> Iterator[LoadReport]:
@@ -74,23 +100,37 @@ def _reports(parsed: argparse.Namespace, target: Target, workload: Workload) -> 
     )
     for failure in warm_up.failures:
         raise BenchError(f"the first request failed: {failure}")
-    for level in parsed.rate or parsed.concurrency:
-        if parsed.rate:
-            count = parsed.requests or max(8, round(30 * level))
-            starts = poisson_starts(count, level, f"{parsed.seed} {level}")
-            how: dict[str, Any] = {"concurrency": _MOST_AT_ONCE, "starts": starts}
-            name = f"{level:g} a second"
-        else:
-            count = parsed.requests or max(8, 4 * level)
-            how, name = {"concurrency": level}, f"{level} at once"
+    for name, count, how in _loads(parsed):
         # Prompts of one load are none of another: nothing may come from a prefix cache but what is shared.
         yield report_of(name, run(workload.bodies(count, f"{parsed.seed} {name}"), name, **how))
 
 
+def _loads(parsed: argparse.Namespace) -> Iterator[tuple[str, int, dict[str, Any]]]:
+    """(name, number of requests, arguments of ``run_load``) of each load."""
+    if parsed.bench == "latency":
+        yield "1 at once", parsed.requests or _LATENCY_REQUESTS, {"concurrency": 1}
+    elif parsed.bench == "throughput":
+        count = parsed.requests or _THROUGHPUT_REQUESTS
+        at_once = min(parsed.concurrency or count, count, _MOST_AT_ONCE)
+        yield f"{at_once} at once", count, {"concurrency": at_once}
+    elif parsed.rate:
+        for rate in parsed.rate:
+            count = parsed.requests or max(8, round(30 * rate))
+            starts = poisson_starts(count, rate, f"{parsed.seed} {rate}")
+            yield f"{rate:g} a second", count, {"concurrency": _MOST_AT_ONCE, "starts": starts}
+    else:
+        for at_once in parsed.concurrency:
+            count = parsed.requests or max(8, 4 * at_once)
+            yield f"{at_once} at once", count, {"concurrency": at_once}
+
+
+def _headers(api_key: str | None) -> dict[str, str]:
+    return {"authorization": f"Bearer {api_key}"} if api_key else {}
+
+
 def _first_model(url: str, api_key: str | None) -> str:
-    headers = {"authorization": f"Bearer {api_key}"} if api_key else {}
     try:
-        response = httpx.get(f"{url.rstrip('/')}/v1/models", headers=headers, timeout=10.0)
+        response = httpx.get(f"{url.rstrip('/')}/v1/models", headers=_headers(api_key), timeout=10.0)
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:

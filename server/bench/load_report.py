@@ -74,10 +74,16 @@ class LoadReport:
     def output_tokens_per_second(self) -> float:
         return self.num_output_tokens / self.seconds
 
+    @property
+    def tokens_per_second(self) -> float:
+        """Of prompts and answers together."""
+        return (self.num_prompt_tokens + self.num_output_tokens) / self.seconds
+
     def as_json(self) -> dict[str, object]:
         rates = {
             "requests_per_second": self.requests_per_second,
             "output_tokens_per_second": self.output_tokens_per_second,
+            "tokens_per_second": self.tokens_per_second,
         }
         return {**asdict(self), **rates}
 
@@ -120,16 +126,44 @@ _COLUMNS = ("load", "requests/s", "output tokens/s", "TTFT ms p50", "p99", "TPOT
 
 def table(reports: Sequence[LoadReport]) -> str:
     """In columns, one line a load, failures below."""
-    rows = [_COLUMNS, *map(_row, reports)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(_COLUMNS))]
-    lines = [
-        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = _aligned([_COLUMNS, *map(_row, reports)]) + _failures(reports)
     for r in reports:
-        lines += [f"{r.load}: {count} x {failure}" for failure, count in r.failures.items()]
         if r.most_late > 0.1:
             lines.append(f"{r.load}: requests were sent up to {r.most_late:.1f} s after their time")
     return "\n".join(lines)
+
+
+def throughput_table(reports: Sequence[LoadReport]) -> str:
+    """How much a load got done, one line each."""
+    head = ("load", "requests", "seconds", "requests/s", "prompt tokens", "output tokens", "output tokens/s",
+            "all tokens/s", "failed")  # fmt: skip
+    rows = [
+        (r.load, str(r.num_completed), f"{r.seconds:.2f}", f"{r.requests_per_second:.2f}",
+         str(r.num_prompt_tokens), str(r.num_output_tokens), f"{r.output_tokens_per_second:.0f}",
+         f"{r.tokens_per_second:.0f}", str(r.num_requests - r.num_completed))
+        for r in reports
+    ]  # fmt: skip
+    return "\n".join(_aligned([head, *rows]) + _failures(reports))
+
+
+def latency_table(reports: Sequence[LoadReport]) -> str:
+    """How long things took, one line a time."""
+    rows: list[tuple[str, ...]] = [("milliseconds", "mean", "p50", "p90", "p99")]
+    for r in reports:
+        for name, times in (("TTFT", r.ttft), ("ITL", r.itl), ("TPOT", r.tpot), ("whole answer", r.e2e)):
+            rows.append((name, *map(_milliseconds, (times.mean, times.p50, times.p90, times.p99))))
+    return "\n".join(_aligned(rows) + _failures(reports))
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return [
+        "  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+
+
+def _failures(reports: Sequence[LoadReport]) -> list[str]:
+    return [f"{r.load}: {count} x {failure}" for r in reports for failure, count in r.failures.items()]
 
 
 def _row(r: LoadReport) -> tuple[str, ...]:
