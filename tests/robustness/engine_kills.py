@@ -14,9 +14,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import random
-import signal
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -50,14 +48,9 @@ async def _round(soak: Soak, chance: random.Random, longest: float, rounds: Roun
     ]
     await asyncio.sleep(chance.uniform(0, longest))
     num_done = sum(stream.done() for stream in streams)
-    assert soak.engine_pid is not None
-    killing = asyncio.create_task(soak.kill())
-    is_second = chance.random() < 1 / 8
-    if is_second:
-        await asyncio.sleep(chance.uniform(1.0, 2.5))
-        os.kill(soak.engine_pid(), signal.SIGKILL)
-    await asyncio.gather(killing, *streams)
-    (rounds.twice if is_second else rounds.once).append(soak.restarts[-1])
+    again_after = chance.uniform(1.0, 2.5) if chance.random() < 1 / 8 else None
+    num_killed, *_ = await asyncio.gather(soak.kill(again_after), *streams)
+    (rounds.once if num_killed == 1 else rounds.twice).append(soak.restarts[-1])
     print(f"{rounds.num_kills}: {num_done} had ended, ready in {soak.restarts[-1]:.2f} s", flush=True)
 
 

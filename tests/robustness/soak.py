@@ -154,20 +154,41 @@ class Soak:
         if response.status != 200 or whole_answer(body) != case.expected:
             self.faults.append(f"canary {case.name}: status {response.status}, {body[:300]}")
 
-    async def kill(self) -> None:
-        """Kills the engine and waits until there is another."""
-        assert self.engine_pid is not None
+    async def kill(self, again_after: float | None = None) -> int:
+        """Kills the engine and waits until there is another that is ready; returns how many were killed.
+
+        Args:
+            again_after: seconds after which the next engine is killed too, which is about to start by then.
+        """
         self.is_restarting = True
-        killed = time.monotonic()
-        os.kill(self.engine_pid(), signal.SIGKILL)
-        await asyncio.sleep(0.1)
-        while not await self._is_ready():
-            await asyncio.sleep(0.05)
-            if time.monotonic() - killed > _REQUEST_TIMEOUT_S:
+        dead: set[int | None] = {None}
+        began = time.monotonic()
+        self._kill_other_than(dead)
+        if again_after is not None:
+            await asyncio.sleep(again_after)
+            self._kill_other_than(dead)
+        # The server says that it is ready until it has noticed.
+        while self._engine_pid_now() in dead or not await self._is_ready():
+            await asyncio.sleep(0.02)
+            if time.monotonic() - began > _REQUEST_TIMEOUT_S:
                 self.faults.append("the engine did not come back")
-                return
-        self.restarts.append(time.monotonic() - killed)
+                break
+        self.restarts.append(time.monotonic() - began)
         self.is_restarting = False
+        return len(dead) - 1
+
+    def _kill_other_than(self, dead: set[int | None]) -> None:
+        pid = self._engine_pid_now()
+        if pid is not None and pid not in dead:
+            os.kill(pid, signal.SIGKILL)
+            dead.add(pid)
+
+    def _engine_pid_now(self) -> int | None:
+        assert self.engine_pid is not None
+        try:
+            return self.engine_pid()
+        except (OSError, RuntimeError):  # there is none at this moment
+            return None
 
     async def _is_ready(self) -> bool:
         request = b"GET /health/ready HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
