@@ -17,6 +17,7 @@ import uvicorn
 from server.api_keys import api_key
 from server.app import create_app
 from server.bench.load_report import Times, _ticks, plot, report_of, table
+from server.bench.startup import Start, startup_table
 from server.bench.stream_client import Exchange, Run, Target
 from server.bench.workload import Workload, WorkloadError, poisson_starts, read_prompts
 from server.cli import main
@@ -117,6 +118,47 @@ def test_the_command(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str
     points = [float(point.get("cy", "nan")) for point in drawn.iter("{http://www.w3.org/2000/svg}circle")]
     assert len(points) == 8
     assert all(math.isfinite(point) for point in points)
+
+
+def test_throughput(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "figures.json"
+    load = ["--requests", "10", "--concurrency", "5", "--prompt-words", "9", "--output-tokens", "4"]
+    assert (
+        main(["bench", "throughput", "--url", url, "--api-key", "sk-1", *load, "--json", str(figures)]) == 0
+    )
+    head, line = capsys.readouterr().out.splitlines()
+    assert head.split()[-1] == "failed"
+    assert line.split()[:4] == ["5", "at", "once", "10"]
+    document = json.loads(figures.read_text())
+    [load] = document["loads"]
+    assert (document["bench"], load["num_output_tokens"]) == ("throughput", 40)
+    all_tokens = load["num_prompt_tokens"] + 40
+    assert load["tokens_per_second"] == pytest.approx(all_tokens / load["seconds"])
+
+
+def test_latency(url: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    figures = tmp_path / "figures.json"
+    arguments = ["--requests", "3", "--output-tokens", "4", "--json", str(figures)]
+    assert main(["bench", "latency", "--url", url, "--api-key", "sk-1", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["milliseconds", "mean", "p50", "p90", "p99"]
+    [load] = json.loads(figures.read_text())["loads"]
+    assert (load["load"], load["num_requests"]) == ("1 at once", 3)
+    assert float(lines[1].split()[2]) == pytest.approx(load["ttft"]["p50"] * 1e3, rel=0.2)
+
+
+def test_a_server_that_does_not_start_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    for kind in ("throughput", "latency", "startup"):
+        assert main(["bench", kind, "--", "no-such.gguf"]) == 1
+        told = capsys.readouterr().err
+        assert told.startswith("inflightd bench: the server ended:")
+        assert "no-such.gguf" in told
+
+
+def test_starts_are_shown_a_line_each() -> None:
+    starts = [Start(3.254, 3.5, 5 << 20, 6 << 20), Start(4.0, 4.25, 7 << 20, 8 << 20)]
+    rows = [line.split() for line in startup_table(starts).splitlines()[1:]]
+    assert rows == [["1", "3.25", "3.50", "5", "6"], ["2", "4.00", "4.25", "7", "8"]]
 
 
 def test_an_open_loop(url: str, capsys: pytest.CaptureFixture[str]) -> None:
