@@ -3,7 +3,7 @@
 Templates are written for the way in which ``transformers`` renders them (``apply_chat_template``); the
 environment here gives them the same names, filters and white-space rules. They come with the model, not
 from clients, and run in Jinja's immutable sandbox: no access to Python's internals and no changes to what
-they are given. The sandbox does not bound their time; the size of what they write is bounded here.
+they are given. The sandbox bounds neither their time nor the size of what they write; both are bounded here.
 """
 
 from __future__ import annotations
@@ -23,8 +23,11 @@ import jinja2.utils
 from jinja2.exceptions import SecurityError, TemplateError, TemplateSyntaxError, UndefinedError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from server.time_limit import TimeLimit, TimeLimitError
+
 MAX_RENDERED_CHARS = 64 * 2**20
 MAX_TEMPLATE_CHARS = 2**20
+_MAX_RENDER_S = 5.0
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 _PROBE = "inflightd-probe"
 # Private-use letters, so that no template trims them off.
@@ -221,11 +224,16 @@ class ChatTemplate:
         names.update(messages=messages, tools=tools, add_generation_prompt=add_generation_prompt)
         pieces, length = [], 0
         try:
-            for piece in self._templates[name].generate(names):
-                length += len(piece)
-                if length > MAX_RENDERED_CHARS:
-                    raise ChatTemplateError("The conversation is too long.")
-                pieces.append(piece)
+            with TimeLimit(_MAX_RENDER_S):
+                for piece in self._templates[name].generate(names):
+                    length += len(piece)
+                    if length > MAX_RENDERED_CHARS:
+                        raise ChatTemplateError("The conversation is too long.")
+                    pieces.append(piece)
+        except TimeLimitError:
+            raise ChatTemplateError(
+                f"The model's chat template takes longer than {_MAX_RENDER_S:.0f} s for these messages."
+            ) from None
         except _TemplateRefusal as error:
             raise ChatTemplateError(f"The model's chat template refuses these messages: {error}") from None
         except UndefinedError as error:

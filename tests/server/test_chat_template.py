@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -165,6 +166,15 @@ def test_output_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     template = ChatTemplate("{% for i in range(90000) %}{% for j in range(90000) %}x{% endfor %}{% endfor %}")
     with pytest.raises(ChatTemplateError, match="too long"):
         template.render([{"role": "user", "content": "x"}])
+
+
+def test_time_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_template, "_MAX_RENDER_S", 0.3)
+    template = ChatTemplate("{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}")
+    began = time.monotonic()
+    with pytest.raises(ChatTemplateError, match="takes longer than"):
+        template.render([{"role": "user", "content": "x"}])
+    assert time.monotonic() - began < 3
 
 
 def test_messages_are_not_changed() -> None:
