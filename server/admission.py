@@ -93,11 +93,18 @@ class Admission:
 
     @property
     def max_waiting(self) -> int:
-        return self._config.max_queued_requests or _QUEUED_BATCHES * self._engine.spec.max_num_seqs
+        return self._share(
+            self._config.max_queued_requests or _QUEUED_BATCHES * self._engine.spec.max_num_seqs
+        )
 
     @property
     def max_waiting_tokens(self) -> int:
-        return self._config.max_queued_tokens or _QUEUED_STEPS * self._engine.spec.max_num_batched_tokens
+        spec = self._engine.spec
+        return self._share(self._config.max_queued_tokens or _QUEUED_STEPS * spec.max_num_batched_tokens)
+
+    def _share(self, bound: int) -> int:
+        """Of a bound of the whole server: each API process has a line of its own."""
+        return -(-bound // self._config.api_workers)
 
     def check(self) -> None:
         """Raises OverloadedError if no request could be taken, before anything is spent on one."""
@@ -236,8 +243,10 @@ class Admission:
                 self._engine.fail(request.request_id, error)
 
     def _check_key(self, key: str | None) -> None:
-        most, line = self._config.max_requests_per_key, self._lines.get(key)
-        if most is not None and line is not None and line.num_calls >= most:
+        if self._config.max_requests_per_key is None:
+            return
+        most, line = self._share(self._config.max_requests_per_key), self._lines.get(key)
+        if line is not None and line.num_calls >= most:
             raise self._refusal("key", most, 0)
 
     def _refusal(self, reason: str, limit: int, remaining: int) -> OverloadedError:

@@ -196,6 +196,13 @@ class ServerConfig:
         group="server",
         metavar="FILE",
     )
+    api_workers: int = _flag(
+        1,
+        _integer(1, 64),
+        "API processes, all on one engine and one port: more where one cannot keep up with the engine",
+        group="server",
+        metavar="N",
+    )
     api_key: tuple[ApiKey, ...] = _flag(
         (),
         parse_api_keys,

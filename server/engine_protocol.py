@@ -1,4 +1,4 @@
-"""What the HTTP side asks of an engine. ``engine_client`` implements it over ZeroMQ, the tests in process."""
+"""What the HTTP side asks of an engine. ``engine_link`` implements it over ZeroMQ, the tests in process."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ from collections.abc import AsyncGenerator
 from typing import Protocol
 
 from scheduler.messages import EngineOutput, EngineStats, ExecutorSpec, Request
-from server.errors import ApiError
-from server.histogram import Histogram
+from server.errors import ApiError, EngineDeadError
+from server.histogram import STEP_TOKENS_BUCKETS, Histogram
 
 
 class EngineClient(Protocol):
@@ -55,3 +55,28 @@ class EngineClient(Protocol):
     def fail(self, request_id: str, error: ApiError) -> None:
         """Ends a request and its stream with an error; one that has ended already is no error."""
         ...
+
+
+class _NoEngine:
+    """An engine that has done nothing and takes nothing."""
+
+    stats = EngineStats()
+    step_tokens = Histogram(STEP_TOKENS_BUCKETS)
+    num_restarts = 0
+    is_ready = False
+
+    @property
+    def spec(self) -> ExecutorSpec:
+        raise EngineDeadError("there is no engine")
+
+    def generate(self, request: Request) -> AsyncGenerator[EngineOutput, None]:
+        raise EngineDeadError("there is no engine")
+
+    def abort(self, request_id: str) -> None:
+        """It has none."""
+
+    def fail(self, request_id: str, error: ApiError) -> None:
+        """It has none."""
+
+
+NO_ENGINE = _NoEngine()

@@ -19,6 +19,7 @@ import socket
 import ssl
 import stat
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,11 +31,7 @@ from server.model_source import ModelSource, find_model
 from server.otlp_settings import TracesError, traces_endpoint
 
 if TYPE_CHECKING:
-    from fastapi import FastAPI
-
     from server.http_server import HttpServer
-    from server.service import Service
-    from server.tracing import Traces
 
 _log = logging.getLogger(__name__)
 # A client that takes nothing for so long is gone, as ``sse`` sees it too: the kernel drops what waits for it.
@@ -71,7 +68,11 @@ def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
     with listener, _unlinked_at_last(config.uds):
         source = find_model(config.model)
         config = dataclasses.replace(config, served_model_name=config.served_model_name or (source.name,))
-        uvloop.run(_serve(config, source, listener))
+        if config.api_workers == 1:
+            uvloop.run(_serve(config, source, listener))
+            return
+        with _shared_responses(config) as config:
+            uvloop.run(_serve_by_workers(config, source, listener))
 
 
 def check_certificate(config: ServerConfig) -> None:
@@ -179,23 +180,13 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
     engine.start()
     try:
         # While the engine imports and loads, this process does the same with its own half.
-        from server.app import create_app
-        from server.response_database import ResponseDatabaseError
-        from server.tokenizer import load_tokenizer
-        from server.tokenizer_spec import TokenizerError
+        from server.api_process import Ending, http_server, load_application, traces_of
 
-        try:
-            tokenizer = await loop.run_in_executor(None, load_tokenizer, source.path)
-        except TokenizerError as error:
-            raise LaunchError(str(error)) from None
+        traces = traces_of(config)
+        app, tokenizer = await load_application(config, source.path, engine, traces)
         engine.provide(tokenizer.vocabulary)
-        traces = _traces(config)
-        try:
-            app = create_app(config, engine, tokenizer, traces)
-        except ResponseDatabaseError as error:
-            raise LaunchError(f"--responses-db: {error}") from None
         server = http_server(config, app)
-        ending = _Ending(server, app.state.service, config)
+        ending = Ending(server, app.state.service, config)
         for number in (signal.SIGINT, signal.SIGTERM):
             loop.add_signal_handler(number, ending.signal, number)
         watchers = [
@@ -214,58 +205,30 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
         raise LaunchError(failures[0])
 
 
-def http_server(config: ServerConfig, app: FastAPI) -> HttpServer:
-    """The server of an application, with the settings that its routes count on."""
-    import uvicorn
+@contextlib.contextmanager
+def _shared_responses(config: ServerConfig) -> Iterator[ServerConfig]:
+    """Several processes keep responses in one file; if none is named, in one that goes with the server."""
+    if config.responses_db is not None:
+        yield config
+        return
+    with tempfile.TemporaryDirectory(prefix="inflightd-responses-") as directory:
+        yield dataclasses.replace(config, responses_db=str(Path(directory) / "responses.db"))
 
-    from server.http_protocol import HttpProtocol
-    from server.http_server import HttpServer
 
-    return HttpServer(
-        uvicorn.Config(
-            app,
-            log_config=None,
-            access_log=False,
-            http=HttpProtocol,
-            ws="none",
-            lifespan="off",
-            server_header=False,
-            ssl_certfile=config.ssl_certfile,
-            ssl_keyfile=config.ssl_keyfile,
-            timeout_graceful_shutdown=config.shutdown_timeout,
-        )
+async def _serve_by_workers(config: ServerConfig, source: ModelSource, listener: socket.socket) -> None:
+    from server.console import Console
+    from server.worker_supervisor import WorkerSupervisor
+
+    console = Console(source.name, _url(config, listener), time.monotonic(), uds=config.uds)
+    supervisor = WorkerSupervisor(
+        config,
+        str(source.path),
+        listener,
+        on_progress=console.show_progress,
+        on_serving=console.show_ready,
     )
-
-
-def _traces(config: ServerConfig) -> Traces | None:
-    if config.otlp_traces_endpoint is None:
-        return None
-    from server.service import VERSION
-    from server.tracing import OtlpTraces
-
-    return OtlpTraces(config.otlp_traces_endpoint, VERSION)
-
-
-class _Ending:
-    """What signals do: the first lets requests finish, the second ends them."""
-
-    def __init__(self, server: HttpServer, service: Service, config: ServerConfig) -> None:
-        self._server = server
-        self._service = service
-        self._config = config
-
-    def signal(self, number: int) -> None:
-        if self._service.is_draining:
-            self._server.end(at_once=True)
-            return
-        self._service.is_draining = True
-        # ^C is no load balancer's.
-        window = self._config.pre_stop_seconds if number == signal.SIGTERM else 0
-        _log.info(
-            "shutting down: requests have %d s to finish; a second signal ends them now",
-            window + self._config.shutdown_timeout,
-        )
-        asyncio.get_running_loop().call_later(window, self._server.end)
+    if failure := await supervisor.run():
+        raise LaunchError(failure)
 
 
 async def _exit_on(failed: asyncio.Event, server: HttpServer) -> None:

@@ -19,13 +19,14 @@ from prometheus_client.registry import Collector
 from scheduler.messages import EngineOutput, FinishReason, Request
 from server.admission import Admission
 from server.api_keys import cache_scope
-from server.engine_protocol import EngineClient
+from server.engine_protocol import NO_ENGINE, EngineClient
 from server.errors import EngineDeadError
 from server.fields import Path
 from server.grammar_check import GrammarCheck
 from server.histogram import Histogram, one_two_five_buckets
 from server.logs import log_request
 from server.metric_aliases import GenAiMetrics, TgiMetrics
+from server.metric_parts import encoded_parts
 from server.operation_metrics import OperationMetrics
 from server.request_trace import SequenceTimes, request_trace
 
@@ -120,6 +121,17 @@ class Metrics(Collector):
 
     def count_finished(self, reason: FinishReason) -> None:
         self.finished[reason] += 1
+
+    def part(self, *, with_engine: bool) -> bytes:
+        """The same for ``metric_parts.page``, where several processes have one engine, and one of them tells
+        what the engine counts."""
+        engine = self._engine
+        if not with_engine:
+            self._engine = self.operation.engine = NO_ENGINE
+        try:
+            return encoded_parts(self._registry.collect())
+        finally:
+            self._engine = self.operation.engine = engine
 
     def text(self) -> bytes:
         """In Prometheus' text format, version 0.0.4."""

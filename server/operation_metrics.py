@@ -25,7 +25,7 @@ class OperationMetrics(Collector):
     ) -> None:
         self._prefix = prefix
         self._labels = labels
-        self._engine = engine
+        self.engine = engine
         self._admission = admission
         self.loop_lag = Histogram(_LAG_BUCKETS)
 
@@ -41,7 +41,7 @@ class OperationMetrics(Collector):
         return ()
 
     def collect(self) -> Iterator[Metric]:
-        stats, admission = self._engine.stats, self._admission
+        stats, admission = self.engine.stats, self._admission
         waiting = {"admission": admission.num_waiting, "capacity": stats.num_waiting}
         yield self._gauge("num_requests_waiting_by_reason", "Where requests wait.", "reason", waiting)
         yield self._gauge(
@@ -51,7 +51,7 @@ class OperationMetrics(Collector):
             "request_rejections", "Requests that were not taken.", "reason", dict(admission.rejections)
         )
         yield self._counter(
-            "engine_restarts", "Engines that ended and were replaced.", None, {"": self._engine.num_restarts}
+            "engine_restarts", "Engines that ended and were replaced.", None, {"": self.engine.num_restarts}
         )
         yield self._counter(
             "recomputed_tokens",

@@ -23,7 +23,9 @@ from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
 from server.grammar_check import GrammarCheck
 from server.json_body import read_json_object
+from server.metric_parts import page
 from server.metrics import Metrics
+from server.peers import NoPeers, Peers
 from server.response_store import ResponseStore
 from server.resume import RESUMABLE_HEADER, can_resume
 from server.sse import EventStream
@@ -53,6 +55,7 @@ class Service:
     responses: ResponseStore
     grammar_check: GrammarCheck
     background: BackgroundResponses = field(default_factory=BackgroundResponses)
+    peers: Peers = field(default_factory=NoPeers)
     is_draining: bool = False
     started: int = field(default_factory=lambda: int(time.time()))
 
@@ -70,6 +73,24 @@ class Service:
         if not self.engine.is_ready:
             raise EngineDeadError("the engine is not ready")
         return body, num_bytes
+
+    async def metrics_page(self) -> bytes:
+        """What Prometheus scrapes, over all API processes of this server."""
+        parts = await self.peers.ask("metrics") if self.peers.exist else []
+        return page(parts) if parts else self.metrics.text()
+
+    async def is_running(self, response_id: str) -> bool:
+        """Whether a response is worked on in the background, here or in another API process."""
+        if self.background.is_running(response_id):
+            return True
+        return self.peers.exist and any(await self.peers.ask("is_running", response_id))
+
+    async def cancel(self, response_id: str) -> None:
+        """Ends a response in the background and waits until it is stored as such, wherever it runs."""
+        if self.background.is_running(response_id) or not self.peers.exist:
+            await self.background.cancel(response_id)
+        else:
+            await self.peers.ask("cancel", response_id)
 
     async def close(self) -> None:
         """Gives back what outlives a request."""

@@ -40,4 +40,4 @@ async def version() -> Response:
 
 @router.get("/metrics")
 async def metrics(request: Request) -> Response:
-    return Response(service_of(request).metrics.text(), media_type=CONTENT_TYPE_PLAIN_0_0_4)
+    return Response(await service_of(request).metrics_page(), media_type=CONTENT_TYPE_PLAIN_0_0_4)

@@ -114,7 +114,7 @@ async def cancel_response(request: Request) -> Response:
         raise InvalidRequestError(
             "Only responses with 'background' can be cancelled; close the stream instead."
         )
-    await service_of(request).background.cancel(found.id)
+    await service_of(request).cancel(found.id)
     return Response(await _body(request), media_type="application/json")
 
 
@@ -122,7 +122,7 @@ async def cancel_response(request: Request) -> Response:
 async def delete_response(request: Request) -> Response:
     response_id = (await _found(request)).id
     service = service_of(request)
-    await service.background.cancel(response_id)
+    await service.cancel(response_id)
     if not await service.responses.delete(response_id, _owner()):
         raise _not_found(response_id)
     return _json({"id": response_id, "object": "response", "deleted": True})
@@ -184,7 +184,7 @@ async def _work(
 async def _body(request: Request) -> bytes:
     """The response as it is now."""
     found = await _found(request)
-    if service_of(request).background.is_running(found.id):
+    if await service_of(request).is_running(found.id):
         return found.body
     # It may have been running when its server ended.
     response = msgspec.json.decode((await _found(request)).body)

@@ -61,9 +61,10 @@ def serve_api(answers: Connection, config: ServerConfig, pace: Pace) -> None:
 
 
 async def _serve_api(answers: Connection, config: ServerConfig, pace: Pace) -> None:
+    from server.api_process import http_server
     from server.app import create_app
     from server.engine_client import ZmqEngineClient
-    from server.launch import http_server, listen
+    from server.launch import listen
 
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-import server.engine_client
+import server.engine_link
 import server.watchdog
 from scheduler.hashing_executor import HashingExecutor, run_alone
 from scheduler.messages import EngineOutput, FinishReason, Request, SamplingParams
@@ -237,7 +237,7 @@ async def test_an_engine_that_is_loading_is_stopped_at_once() -> None:
 def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.watchdog, "_LATE_S", 0.3)
     monkeypatch.setattr(server.watchdog, "_HUNG_S", 1.5)
-    monkeypatch.setattr(server.engine_client, "_WATCH_EVERY_S", 0.05)
+    monkeypatch.setattr(server.engine_link, "_WATCH_EVERY_S", 0.05)
 
 
 @pytest.mark.usefixtures("_impatient")
