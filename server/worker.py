@@ -20,7 +20,7 @@ from server.launch import LaunchError, follow_parent
 from server.logs import configure_logging
 from server.peers import WorkerPeers
 from server.service import Service
-from server.transport import ApiEnd, Kind
+from server.transport import ApiEnd, Kind, Ready
 from server.worker_line import (
     Begin,
     CannotServe,
@@ -34,7 +34,7 @@ from server.worker_line import (
     WorkerLine,
 )
 
-_log = logging.getLogger(__name__)
+_ENGINE_PATIENCE_S = 2.0
 
 
 class WorkerEngine(EngineLink):
@@ -45,9 +45,12 @@ class WorkerEngine(EngineLink):
         self._name = name
         self._line = line
         self._tasks: list[asyncio.Task[None]] = []
+        # Whether it is known how the engine is: ready, or not up.
+        self.is_known = asyncio.Event()
 
     def join(self, up: EngineUp) -> None:
-        self.leave(EngineDown("another engine is up", is_final=False))
+        if self._connection is not None:
+            self.leave(EngineDown("another one is up", is_final=False))
         self.num_restarts = up.num_restarts
         connection = self._connection = ApiEnd(up.address, self._name)
         connection.send(Kind.JOIN)
@@ -57,7 +60,8 @@ class WorkerEngine(EngineLink):
         ]
 
     def leave(self, down: EngineDown) -> None:
-        """The engine has died. What was worked on waits for the next one, if there will be one."""
+        """There is no engine now. What was worked on waits for the next one, if there will be one."""
+        self.is_known.set()
         if self._connection is None:
             if down.is_final:
                 self._give_up(down.reason)
@@ -70,6 +74,9 @@ class WorkerEngine(EngineLink):
         self._keep_streams(down.reason)
         if down.is_final:
             self._give_up(down.reason)
+
+    def _on_ready(self, ready: Ready) -> None:
+        self.is_known.set()
 
 
 async def serve(line_fd: int, listener_fd: int) -> int:
@@ -101,6 +108,9 @@ async def serve(line_fd: int, listener_fd: int) -> int:
         asyncio.create_task(service.metrics.operation.watch_loop()),
     ]
     line.send(Serving(tokenizer.vocabulary))
+    # One that comes later than the engine must not refuse what the others would take.
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(engine.is_known.wait(), _ENGINE_PATIENCE_S)
     await server.serve(sockets=[socket.socket(fileno=listener_fd)])
     for task in tasks:
         task.cancel()

@@ -24,7 +24,7 @@ class Begin(msgspec.Struct, tag=True, frozen=True):
 
 
 class Serving(msgspec.Struct, tag=True, frozen=True):
-    """From a worker: it accepts connections. With what the engine has to know of the tokenizer."""
+    """From a worker: it is about to accept connections. With what the engine has to know of the tokenizer."""
 
     vocabulary: Vocabulary
 

@@ -44,6 +44,7 @@ _log = logging.getLogger(__name__)
 _MAX_RESTARTS = 5
 _RESTART_WINDOW_S = 60.0
 _ANSWER_S = 1.0
+_LOADING = EngineDown("the engine is not ready", is_final=False)
 
 
 @dataclass(eq=False)
@@ -191,8 +192,7 @@ class WorkerSupervisor:
                     if not self._has_vocabulary:
                         self._has_vocabulary = True
                         self._engine.provide(vocabulary)
-                    if self._is_engine_up:
-                        worker.line.send(self._engine_up())
+                    worker.line.send(self._engine_up() if self._is_engine_up else _LOADING)
                     self._tell_if_serving()
                 case CannotServe(reason):
                     self._fail(reason)

@@ -58,6 +58,7 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "strict_fields": ("on", True),
         "metrics_prefix": ("vllm:", "vllm"),
         "chat_page": ("off", "off"),
+        "api_workers": ("3", 3),
         "metrics_compat": ("tgi", "tgi"),
         "otlp_traces_endpoint": ("http://otel:4318", "http://otel:4318/v1/traces"),
         "log_format": ("json", "json"),

@@ -1,0 +1,150 @@
+"""Several API processes on one engine and one port, in the order of what they live through."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+
+from tests.end_to_end.server_process import ServerProcess
+
+BODY = {"model": "smollm2-135m-instruct", "prompt": "Once upon a time", "temperature": 0, "ignore_eos": True}
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_path: Path) -> Iterator[ServerProcess]:
+    with ServerProcess("--api-workers", "2", "--max-model-len", "512") as server:
+        yield server
+    assert server.process.returncode == 0
+    assert any("shutting down" in line for line in server.lines)
+
+
+def worker_pids(server: ServerProcess) -> list[int]:
+    children = Path(f"/proc/{server.process.pid}/task/{server.process.pid}/children").read_text().split()
+    return [
+        pid for pid in map(int, children) if b"server.worker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    ]
+
+
+def ports_of(pid: int) -> set[int]:
+    """The other ends of a process's TCP connections."""
+    links = (os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
+    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+    rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
+    return {int(row[2].split(":")[1], 16) for row in rows if row[9] in inodes}
+
+
+class Stream(threading.Thread):
+    """One streamed completion on a connection of its own."""
+
+    def __init__(self, url: str, max_tokens: int) -> None:
+        super().__init__(daemon=True)
+        self._url = url
+        self._max_tokens = max_tokens
+        self.port = 0
+        self.text = ""
+        self.is_whole = False
+        self.begun = threading.Event()
+
+    def run(self) -> None:
+        body = BODY | {"max_tokens": self._max_tokens, "stream": True}
+        try:
+            with httpx.stream("POST", f"{self._url}/v1/completions", json=body, timeout=60) as response:
+                stream = response.extensions["network_stream"]
+                self.port = stream.get_extra_info("client_addr")[1]
+                for line in response.iter_lines():
+                    if line == "data: [DONE]":
+                        self.is_whole = True
+                    elif line.startswith("data: "):
+                        self.text += json.loads(line[6:])["choices"][0]["text"]
+                        self.begun.set()
+        except httpx.HTTPError:
+            self.begun.set()
+
+
+def started(server: ServerProcess, max_tokens: int) -> dict[int, list[Stream]]:
+    """Streams that have begun, by worker, at least one at each."""
+    workers = worker_pids(server)
+    streams: dict[int, list[Stream]] = {pid: [] for pid in workers}
+    deadline = time.monotonic() + 20
+    while not all(streams.values()):
+        assert time.monotonic() < deadline
+        batch = [Stream(server.url, max_tokens) for _ in range(3)]
+        for stream in batch:
+            stream.start()
+        for stream in batch:
+            assert stream.begun.wait(20)
+        for pid in workers:
+            ports = ports_of(pid)
+            streams[pid] += [stream for stream in batch if stream.port in ports]
+    return streams
+
+
+@pytest.fixture(scope="module")
+def text(server: ServerProcess) -> str:
+    """What every stream of 24 tokens says."""
+    answer = httpx.post(f"{server.url}/v1/completions", json=BODY | {"max_tokens": 24}, timeout=60).json()
+    assert answer["usage"]["completion_tokens"] == 24
+    said: str = answer["choices"][0]["text"]
+    return said
+
+
+def test_all_of_them_serve_and_count_together(server: ServerProcess, text: str) -> None:
+    counted = [server.metric("request_success_total"), server.metric("generation_tokens_total")]
+    assert counted == [1, 24]
+    streams = [stream for each in started(server, 24).values() for stream in each]
+    for stream in streams:
+        stream.join(60)
+    assert {stream.text for stream in streams} == {text}
+    assert all(stream.is_whole for stream in streams)
+    for _ in range(6):  # whoever answers
+        assert server.metric("request_success_total") == 1 + len(streams)
+        assert server.metric("generation_tokens_total") == 24 * (1 + len(streams))
+        assert server.metric("num_requests_running") == 0
+
+
+def test_a_response_in_the_background_is_found_from_everywhere(server: ServerProcess) -> None:
+    body = {"model": BODY["model"], "input": "Hello", "background": True, "max_output_tokens": 300}
+    created = httpx.post(f"{server.url}/v1/responses", json=body, timeout=20).json()
+    url = f"{server.url}/v1/responses/{created['id']}"
+    for _ in range(8):
+        assert httpx.get(url).json()["status"] in ("in_progress", "completed")
+    assert httpx.post(f"{url}/cancel").json()["status"] in ("cancelled", "completed")
+    server.wait_until("num_requests_running", 0)
+
+
+def test_streams_of_all_go_on_when_the_engine_dies(server: ServerProcess, text: str) -> None:
+    streams = [stream for each in started(server, 24).values() for stream in each]
+    os.kill(server.engine_pid, signal.SIGKILL)
+    for stream in streams:
+        stream.join(60)
+    assert {stream.text for stream in streams} == {text}
+    assert server.metric("engine_restarts_total") == 1
+
+
+def test_one_that_is_killed_takes_only_its_own_connections_along(server: ServerProcess, text: str) -> None:
+    before = server.metric("request_success_total")
+    killed, other = worker_pids(server)
+    streams = started(server, 24)
+    os.kill(killed, signal.SIGKILL)
+    for stream in (*streams[killed], *streams[other]):
+        stream.join(60)
+    assert all(stream.is_whole and stream.text == text for stream in streams[other])
+    assert not any(stream.is_whole for stream in streams[killed])
+    server.wait_until("num_requests_running", 0)
+    assert server.metric("request_success_total") >= before
+    deadline = time.monotonic() + 20
+    while len(worker_pids(server)) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert killed not in worker_pids(server)
+    assert httpx.get(f"{server.url}/health/ready").status_code == 200
+    assert any(re.search(r"API process \d ended", line) for line in server.lines)
