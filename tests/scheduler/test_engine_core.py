@@ -143,6 +143,46 @@ def test_a_request_goes_on_after_the_tokens_that_another_engine_generated(
 
 
 @IN_FLIGHT
+def test_long_prompts_keep_nobody_waiting_for_a_token(max_in_flight: int) -> None:
+    """Prompts of 20 steps arrive all the time; short chats wait for those before them, and then no more."""
+    budget, num_long, num_short = 16, 12, 6
+    executor = HashingExecutor(
+        2000,
+        4,
+        max_num_seqs=40,
+        max_num_batched_tokens=budget,
+        max_in_flight=max_in_flight,
+        vocab_size=50_000,
+    )
+    engine = EngineCore(executor)
+    arrived: dict[str, int] = {}
+    tokens_at: dict[str, list[int]] = {}
+    ahead: dict[str, int] = {}
+    unbegun: dict[str, int] = {}
+    num_steps = 0
+    while num_steps < 40 or engine.has_work:
+        if num_steps % 3 == 0 and num_steps < 3 * num_long:
+            unbegun[f"long{num_steps}"] = 20 * budget
+            long = tuple(range(1000 * num_steps, 1000 * num_steps + 20 * budget))
+            engine.add_request(Request(f"long{num_steps}", long, SamplingParams(max_tokens=2)))
+        if num_steps % 6 == 1 and num_steps < 6 * num_short:
+            name = f"short{num_steps}"
+            ahead[name], arrived[name], unbegun[name] = sum(unbegun.values()), num_steps, 4
+            engine.add_request(Request(name, (num_steps, 1, 2, 3), SamplingParams(max_tokens=20)))
+        for output in engine.step().outputs:
+            unbegun.pop(output.request_id, None)
+            if output.token_ids:
+                tokens_at.setdefault(output.request_id, []).append(num_steps)
+        num_steps += 1
+    assert len(arrived) == num_short
+    for name, began in arrived.items():
+        first, *_, last = tokens_at[name]
+        assert first - began <= 2 * ahead[name] / budget + max_in_flight + 1
+        assert last - first == 19  # one in every step, whatever else is computed
+    engine.shutdown()
+
+
+@IN_FLIGHT
 def test_a_lost_device_ends_the_loop(max_in_flight: int) -> None:
     class Lost(HashingExecutor):
         def execute(self, step: SchedulerOutput) -> Future[ModelRunnerOutput]:

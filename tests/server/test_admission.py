@@ -140,6 +140,21 @@ async def test_a_key_that_floods_does_not_stand_before_the_others() -> None:
     assert _is_empty(admission)
 
 
+async def test_a_flood_of_high_priority_does_not_starve_other_keys() -> None:
+    gate = _Gate()
+    admission = Admission(replace(KEYS, max_queued_requests=100), gate.engine)
+    flood = [_start(admission, gate, f"a{i}", "ann", priority=-1000) for i in range(40)]
+    await _settle()
+    other = _start(admission, gate, "b", "bob")
+    await _settle()
+    position = gate.ids.index("b")  # it did not wait for any of the flood to end
+    assert position == 6
+    for task in (*flood, other):
+        task.cancel()
+    await asyncio.gather(*flood, other, return_exceptions=True)
+    assert _is_empty(admission)
+
+
 async def test_long_prompts_of_a_key_are_handed_over_bit_by_bit() -> None:
     gate = _Gate()
     admission = Admission(KEYS, gate.engine)

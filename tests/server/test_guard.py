@@ -17,6 +17,7 @@ from server.config import ServerConfig
 from server.tokenizer import Tokenizer
 from tests.server.http_client import api, chat, serving
 from tests.server.in_process_engine import ScriptedEngine, tokens
+from tests.sizes import size
 
 LIMIT = 100_000
 
@@ -74,11 +75,13 @@ async def test_a_body_of_exactly_the_limit_is_read(port: int) -> None:
     assert (await exchange(port, post_head(f"Content-Length: {LIMIT}"), body))[0] == 200
 
 
-async def test_fifty_thousand_chunks_of_a_byte(port: int) -> None:
-    content = json.dumps(chat("x")).encode().ljust(50_000)
+async def test_chunks_of_a_byte(tokenizer: Tokenizer) -> None:
+    num_chunks = size(50_000, 1_000_000)
+    content = json.dumps(chat("x")).encode().ljust(num_chunks)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     chunks = b"".join(_chunk(content[i : i + 1]) for i in range(len(content))) + b"0\r\n\r\n"
-    status, _, _ = await exchange(port, post_head("Transfer-Encoding: chunked"), chunks)
+    async with serving(create_app(ServerConfig(), ScriptedEngine(tokens([1])), tokenizer)) as port:
+        status, _, _ = await exchange(port, post_head("Transfer-Encoding: chunked"), chunks)
     assert status == 200
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kilobytes
 
