@@ -198,6 +198,20 @@ class BlockPool:
                 else:
                     self._kept.setdefault(self._owners[block_id], OrderedDict())[block_id] = None
 
+    def flush(self) -> int:
+        """Empties the index: nothing that any block contains is found any more. Returns how many it had.
+
+        Held blocks stay held, and what their holders fill from now on is indexed as ever. Behind a prefix
+        that is not indexed it is found only when somebody has computed that prefix again.
+        """
+        num_indexed = len(self._index)
+        self._index.clear()
+        self._keys = [None] * self.num_blocks
+        for blocks in self._kept.values():
+            self._blank.update(blocks)
+        self._kept.clear()
+        return num_indexed
+
     def _forget(self, block_id: int) -> None:
         key = self._keys[block_id]
         if key is not None:

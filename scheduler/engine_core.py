@@ -6,7 +6,6 @@ import logging
 from collections import deque
 from concurrent.futures import Future
 from dataclasses import replace
-from time import perf_counter
 
 from scheduler.executor import Executor, ExecutorLostError
 from scheduler.grammars import Grammars, NoGrammars
@@ -14,11 +13,13 @@ from scheduler.messages import (
     EngineOutputs,
     EngineStats,
     ModelRunnerOutput,
+    ProfileSteps,
     Request,
     SchedulerOutput,
 )
 from scheduler.scheduler import Scheduler
 from scheduler.scheduler_config import SchedulerConfig
+from scheduler.step_clock import StepClock
 
 _log = logging.getLogger(__name__)
 
@@ -50,8 +51,7 @@ class EngineCore:
             self._grammars,
         )
         self._in_flight: deque[tuple[SchedulerOutput, Future[ModelRunnerOutput]]] = deque()
-        self._since = 0.0
-        self._seconds = {"schedule": 0.0, "execute": 0.0, "update": 0.0}
+        self._clock = StepClock()
 
     def step(self) -> EngineOutputs:
         """Schedules and hands over one step; waits for the oldest in flight if no more may be.
@@ -62,14 +62,14 @@ class EngineCore:
         Raises:
             ExecutorLostError: the device is lost, and with it all that runs.
         """
-        self._since = perf_counter()
+        self._clock.start()
         step = self._scheduler.schedule()
-        self._lap("schedule")
+        self._clock.lap("schedule", step)
         if step is not None:
             self._in_flight.append((step, self._executor.execute(step)))
         if self._in_flight and (step is None or len(self._in_flight) >= self._executor.max_in_flight):
             self._complete(*self._in_flight.popleft())
-        return EngineOutputs(self._scheduler.take_outputs(), self.stats)
+        return EngineOutputs(self._scheduler.take_outputs(), self.stats, self._clock.take_profile())
 
     def _complete(self, step: SchedulerOutput, future: Future[ModelRunnerOutput]) -> None:
         try:
@@ -80,14 +80,9 @@ class EngineCore:
             _log.exception("step %d of %d sequences failed", step.step_id, len(step.scheduled))
             self._scheduler.fail(step, error)
         else:
-            self._lap("execute")
+            self._clock.lap("execute", step)
             self._scheduler.update(step, result)
-            self._lap("update")
-
-    def _lap(self, phase: str) -> None:
-        now = perf_counter()
-        self._seconds[phase] += now - self._since
-        self._since = now
+            self._clock.lap("update", step)
 
     def add_request(self, request: Request) -> None:
         """Queues a request. One that can never run ends with ERROR at the next ``step``.
@@ -103,14 +98,25 @@ class EngineCore:
         """
         self._scheduler.abort(request_id)
 
+    def flush_prefix_cache(self) -> int:
+        """Forgets the contents of all blocks: no later request hits what could be hit before.
+
+        Sequences that run keep their blocks. Returns the number of blocks whose contents were forgotten.
+        """
+        return self._scheduler.flush_prefix_cache()
+
+    def profile(self, wanted: ProfileSteps) -> None:
+        """Takes a profile of the next steps; it comes with the outputs of the last of them."""
+        self._clock.profile(wanted)
+
     @property
     def has_work(self) -> bool:
         """Whether ``step`` has something to compute, to wait for or to return."""
-        return self._scheduler.has_work
+        return self._scheduler.has_work or self._clock.has_profile
 
     @property
     def stats(self) -> EngineStats:
-        seconds = self._seconds
+        seconds = self._clock.seconds
         return replace(
             self._scheduler.stats,
             schedule_seconds_total=seconds["schedule"],

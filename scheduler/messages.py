@@ -203,11 +203,53 @@ class EngineStats:
 
 
 @dataclass(frozen=True, slots=True)
+class ProfileSteps:
+    """Asks for the phases of the next steps; zero steps end a profile with what there is.
+
+    Attributes:
+        profile_id: chosen by whoever asks, repeated by the answer.
+    """
+
+    profile_id: int
+    num_steps: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepPhase:
+    """One phase of one step: ``schedule``, ``execute`` (waiting for its result) or ``update``.
+
+    Attributes:
+        start: ``time.perf_counter()``.
+        num_tokens, num_sequences: of the step.
+    """
+
+    step_id: int
+    phase: str
+    start: float
+    seconds: float
+    num_tokens: int
+    num_sequences: int
+
+
+@dataclass(frozen=True, slots=True)
+class StepProfile:
+    """The phases of some consecutive steps, in order."""
+
+    profile_id: int
+    phases: tuple[StepPhase, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class EngineOutputs:
-    """One message from the engine process to the front end."""
+    """One message from the engine process to the front end.
+
+    Attributes:
+        profile: a profile that has just become complete.
+    """
 
     outputs: tuple[EngineOutput, ...]
     stats: EngineStats
+    profile: StepProfile | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -409,6 +409,10 @@ class Scheduler:
 
     # ---- state ----
 
+    def flush_prefix_cache(self) -> int:
+        """Forgets the contents of all blocks; those of running sequences stay theirs. Returns how many."""
+        return self._pool.flush()
+
     @property
     def has_work(self) -> bool:
         return bool(self._sequences or self._in_flight or self._outputs or self._grammars.has_prepared)

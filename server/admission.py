@@ -16,7 +16,7 @@ from scheduler.messages import Request
 from server.api_keys import cache_scope
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
-from server.errors import DeadlineError, OverloadedError, QueueTimeoutError
+from server.errors import ApiError, DeadlineError, OverloadedError, QueueTimeoutError
 
 # Defaults, in multiples of what the engine works on at a time.
 _QUEUED_BATCHES = 4
@@ -235,12 +235,20 @@ class Admission:
 
     def _on_deadline(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            place = self._places[request.request_id]
-            error = DeadlineError(self._config.request_timeout)
-            if place.turn is not None and not place.turn.done():
-                place.turn.set_exception(error)
-            else:
-                self._engine.fail(request.request_id, error)
+            self.fail(request.request_id, DeadlineError(self._config.request_timeout))
+
+    def is_waiting(self, request_id: str) -> bool:
+        """Whether the sequence waits in the line."""
+        place = self._places.get(request_id)
+        return place is not None and place.is_waiting
+
+    def fail(self, request_id: str, error: ApiError) -> None:
+        """Ends a sequence with an error, wherever it is."""
+        place = self._places[request_id]
+        if place.turn is not None and not place.turn.done():
+            place.turn.set_exception(error)
+        else:
+            self._engine.fail(request_id, error)
 
     def _check_key(self, key: str | None) -> None:
         if self._config.max_requests_per_key is None:

@@ -20,6 +20,7 @@ from server.metrics import Metrics, RequestTimer
 from server.parsing.output_parser import OutputParser
 from server.request_trace import request_trace
 from server.resume import ResumeMarks
+from server.running_calls import RunningCalls
 from server.tokenizer import Tokenizer
 
 
@@ -94,6 +95,7 @@ class Answer:
         admission: Admission,
         tokenizer: Tokenizer,
         metrics: Metrics,
+        running: RunningCalls,
         form: AnswerForm,
     ) -> None:
         call = call.scoped(cache_scope.get())
@@ -103,6 +105,7 @@ class Answer:
         # Control tokens that set off calls and reasoning are for the parser, which takes them out.
         shown = frozenset[int]() if syntax is None else tokenizer.control_token_ids(syntax.markers)
         self._admission = admission
+        self._running = running
         self._streams = EngineStreams(engine, admission, call.requests)
         self._choices = [
             Choice(
@@ -173,7 +176,7 @@ class Answer:
         choices, is_scoring = self._choices, self._call.is_scoring
         running = set(range(len(choices)))
         reason_of_unfinished = FinishReason.ABORT
-        with self._admission.admit(self._call.requests):
+        with self._admission.admit(self._call.requests), self._running.entered(self._call, choices):
             try:
                 async with aclosing(self._streams.batches()) as batches:
                     async for batch in batches:

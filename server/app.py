@@ -5,18 +5,15 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from fastapi import FastAPI
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-from starlette.responses import Response
 
 from server.admission import Admission
 from server.config import ServerConfig
 from server.cors import Cors
 from server.engine_protocol import EngineClient
-from server.errors import ApiError, MethodNotAllowedError, UnknownUrlError, excerpt
+from server.error_handlers import add_error_handlers
 from server.fields import refuse_unknown
 from server.grammar_check import GrammarCheck
-from server.guard import Guard, api_error
+from server.guard import Guard
 from server.idempotency import Idempotency
 from server.metrics import Metrics
 from server.model_formats import model_formats
@@ -90,8 +87,7 @@ def create_app(
         openapi,
     ):
         app.include_router(routes.router)
-    app.add_exception_handler(ApiError, _answer_api_error)
-    app.add_exception_handler(HTTPException, _answer_http_exception)
+    add_error_handlers(app)
     app.add_middleware(Idempotency)
     cors = Cors(config.allowed_origins)
     if traces is not None:
@@ -106,19 +102,3 @@ def create_app(
         is_page_open=config.chat_page == "on",
     )
     return app
-
-
-async def _answer_api_error(request: Request, error: Exception) -> Response:
-    told = api_error(error, request.state.request_id, request.scope["path"])
-    return Response(told.body(), told.status, told.headers, "application/json")
-
-
-async def _answer_http_exception(request: Request, error: Exception) -> Response:
-    """What the router refuses: a path it does not have, or a method that the path does not take."""
-    assert isinstance(error, HTTPException)
-    asked = f"{request.method} {excerpt(request.url.path)}"
-    if error.status_code == 405:
-        allowed = (error.headers or {}).get("Allow", "")
-        refused = MethodNotAllowedError(f"{asked} is not allowed.", headers={"allow": allowed})
-        return await _answer_api_error(request, refused)
-    return await _answer_api_error(request, UnknownUrlError(f"{asked} does not exist on this server."))

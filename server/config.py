@@ -264,6 +264,31 @@ class ServerConfig:
         group="server",
         metavar="SERVER",
     )
+    admin_port: int | None = _flag(
+        None,
+        _integer(0, 65535),
+        "port of the operator's interface, which has its own keys (default: none)",
+        group="admin",
+        metavar="PORT",
+    )
+    admin_host: str = _flag("127.0.0.1", str, "address that it listens on", group="admin")
+    admin_uds: str | None = _flag(
+        None,
+        str,
+        "unix socket that it listens on instead, for this user only (mode 0600); keys are optional there",
+        group="admin",
+        metavar="PATH",
+    )
+    admin_key: tuple[ApiKey, ...] = _flag(
+        (),
+        parse_api_keys,
+        "key or comma-separated keys of operators; rather use the file or the variable",
+        group="admin",
+        metavar="KEY[,KEY]",
+    )
+    admin_key_file: tuple[ApiKey, ...] = _flag(
+        (), read_api_keys, "file with such keys, as --api-key-file", group="admin", metavar="FILE"
+    )
     otlp_traces_endpoint: str | None = _flag(
         None,
         parse_endpoint,
@@ -398,6 +423,11 @@ class ServerConfig:
         return ApiKeys((*self.api_key, *self.api_key_file))
 
     @property
+    def admin_keys(self) -> ApiKeys:
+        """The keys of operators, of both sources."""
+        return ApiKeys((*self.admin_key, *self.admin_key_file))
+
+    @property
     def served_model_names(self) -> tuple[str, ...]:
         """Names that clients may ask for, the first being the one that answers carry."""
         return self.served_model_name or (self.model,)
@@ -482,6 +512,16 @@ def config_from(arguments: argparse.Namespace, environment: Mapping[str, str] = 
             f"--max-num-batched-tokens ({config.max_num_batched_tokens}) must be at least --max-num-seqs "
             f"({config.max_num_seqs}): each running sequence gets a token in every step"
         )
+    _check_admin(config)
     if config.ssl_keyfile is not None and config.ssl_certfile is None:
         raise ConfigError("--ssl-keyfile needs --ssl-certfile")
     return config
+
+
+def _check_admin(config: ServerConfig) -> None:
+    if config.admin_port is None and config.admin_uds is None:
+        if config.admin_keys:
+            raise ConfigError("--admin-key and --admin-key-file need --admin-port or --admin-uds")
+    elif config.admin_uds is None and not config.admin_keys:
+        # Every user, and every web page in a browser, of a machine reaches its ports, loopback or not.
+        raise ConfigError("--admin-port needs --admin-key-file or --admin-key; --admin-uds works without")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import logging
 import os
 import signal
@@ -80,6 +81,13 @@ class ZmqEngineClient(EngineLink):
             with contextlib.suppress(asyncio.CancelledError):
                 await self._supervisor
         self._fail_streams(EngineDeadError("the server is shutting down"))
+
+    def set_log_level(self, level: str) -> None:
+        """Of this engine and those that come after it."""
+        config = dataclasses.replace(self._start_message.config, log_level=level)
+        self._start_message = dataclasses.replace(self._start_message, config=config)
+        if self._connection is not None and self._is_ready:
+            self._connection.send(Kind.LOG_LEVEL, level)
 
     def forget(self, member: str) -> None:
         """Another process that had joined the engine is gone: its requests end there."""

@@ -7,7 +7,8 @@ import logging
 from collections.abc import AsyncGenerator, Callable
 from typing import NoReturn
 
-from scheduler.messages import EngineOutput, EngineOutputs, EngineStats, ExecutorSpec, Request
+from scheduler.messages import EngineOutput, EngineOutputs, EngineStats, ExecutorSpec, Request, StepPhase
+from server.engine_commands import EngineCommands
 from server.errors import ApiError, EngineDeadError, InternalError
 from server.histogram import STEP_TOKENS_BUCKETS, Histogram
 from server.output_stream import OutputStream
@@ -46,6 +47,7 @@ class EngineLink:
         self.num_restarts = 0
         self.stats = EngineStats()
         self.step_tokens = Histogram(STEP_TOKENS_BUCKETS)
+        self._commands = EngineCommands(self._send)
 
     @property
     def spec(self) -> ExecutorSpec:
@@ -95,6 +97,24 @@ class EngineLink:
         if stream is not None and not (stream.has_ended or stream.has_failed):
             stream.fail(error)
 
+    async def flush_prefix_cache(self) -> int:
+        """Has the engine forget all prefixes; returns the number of their blocks. Raises EngineDeadError."""
+        return await self._commands.flush_prefix_cache()
+
+    async def profile(self, num_steps: int, seconds: float) -> tuple[StepPhase, ...]:
+        """The phases of the next steps, of fewer if they take longer than so many seconds.
+
+        Raises:
+            EngineDeadError: the engine is not there, or ends meanwhile.
+            ProfileRunningError: one is being taken.
+        """
+        return await self._commands.profile(num_steps, seconds)
+
+    def _send(self, kind: Kind, body: object) -> None:
+        if not self._is_ready or self._connection is None:
+            raise EngineDeadError(self._failure or "the engine is not ready")
+        self._connection.send(kind, body)
+
     def _on_progress(self, progress: Progress) -> None:
         """The engine is loading."""
 
@@ -128,6 +148,11 @@ class EngineLink:
             if kind is Kind.OUTPUTS:
                 self._watchdog.heard()
                 self._dispatch(body)
+                if body.profile is not None:
+                    self._commands.profiled(body.profile)
+            elif kind is Kind.FLUSHED:
+                self._watchdog.heard()
+                self._commands.flushed(body)
             elif kind is Kind.PROGRESS:
                 self._on_progress(body)
             elif kind is Kind.READY:
@@ -156,6 +181,7 @@ class EngineLink:
 
     def _keep_streams(self, reason: str) -> None:
         """After the engine's end: keeps streams for the next one, but for those that may have caused it."""
+        self._commands.fail(reason)
         for request_id, stream in self._streams.items():
             stream.num_deaths += stream.is_submitted
             stream.is_submitted = False

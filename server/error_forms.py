@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from server.errors import ApiError, EngineDeadError, QueueTimeoutError, ShuttingDownError
+from server.errors import ApiError, DrainingError, EngineDeadError, QueueTimeoutError, ShuttingDownError
 
 _ANTHROPIC_PATH = "/v1/messages"
 _ANTHROPIC_TYPES = {
@@ -24,7 +24,7 @@ class AnthropicError(ApiError):
         super().__init__(error.message, param=error.param, code=error.code, headers=headers)
         self.status = error.status
         self.type = _ANTHROPIC_TYPES.get(error.status, "invalid_request_error")
-        if isinstance(error, (EngineDeadError, QueueTimeoutError, ShuttingDownError)):
+        if isinstance(error, (DrainingError, EngineDeadError, QueueTimeoutError, ShuttingDownError)):
             self.type = "overloaded_error"
         elif error.status >= 500:
             self.type = "api_error"

@@ -254,6 +254,38 @@ def _retry_headers(wait: float) -> dict[str, str]:
     return {"retry-after": str(math.ceil(wait)), "retry-after-ms": str(int(wait * 1000))}
 
 
+class DrainingError(ApiError):
+    """An operator has this server take no new requests."""
+
+    status = 503
+    default_code = "draining"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "This server takes no new requests at the moment. Try again a little later.",
+            headers=_retry_headers(_DRAINING_WAIT_S),
+        )
+
+
+class AbortedError(ApiError):
+    """An operator has ended this request; another try would not be welcome."""
+
+    default_code = "request_aborted"
+
+    def __init__(self) -> None:
+        super().__init__(
+            "The operator of this server has ended this request.", headers={"x-should-retry": "false"}
+        )
+
+
+class ProfileRunningError(InvalidRequestError):
+    status = 409
+    default_code = "profile_running"
+
+    def __init__(self) -> None:
+        super().__init__("A profile is being taken. Try again when it is complete.")
+
+
 class ShuttingDownError(ApiError):
     """The server had to end before the answer was complete."""
 
@@ -267,6 +299,7 @@ class ShuttingDownError(ApiError):
         )
 
 
+_DRAINING_WAIT_S = 5.0
 _EXCERPT_CHARS = 64
 
 

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import re
 import uuid
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from starlette.datastructures import MutableHeaders
 from starlette.requests import ClientDisconnect
@@ -36,7 +36,7 @@ _log = logging.getLogger(__name__)
 SEND_BODY = "inflightd.send_body"
 
 # A liveness probe has no key; every other path, known or not, needs one where keys are set.
-_OPEN_PATHS = frozenset({"/health/live"})
+OPEN_PATHS = frozenset({"/health/live"})
 
 # On every response that does not say otherwise: it is data and no page.
 security_headers: Mapping[str, str] = {
@@ -68,12 +68,21 @@ class Guard:
     """
 
     def __init__(
-        self, app: ASGIApp, *, max_body_bytes: int, api_keys: ApiKeys, cors: Cors, is_page_open: bool = False
+        self,
+        app: ASGIApp,
+        *,
+        max_body_bytes: int,
+        api_keys: ApiKeys,
+        cors: Cors,
+        open_paths: Collection[str] = OPEN_PATHS,
+        is_page_open: bool = False,
     ) -> None:
         """
         Args:
+            open_paths: need no key.
             is_page_open: GET / needs no key.
         """
+        self._open_paths = open_paths
         self._app = app
         self._is_page_open = is_page_open
         self._max_body_bytes = max_body_bytes
@@ -152,7 +161,7 @@ class Guard:
             await send_error(api_error(error, request_id, scope["path"]), marked_send)
 
     def _authenticate(self, method: str, path: str, headers: dict[bytes, bytes]) -> str | None:
-        if not self._api_keys or path in _OPEN_PATHS:
+        if not self._api_keys or path in self._open_paths:
             return None
         if self._is_page_open and path == "/" and method in ("GET", "HEAD"):
             return None

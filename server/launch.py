@@ -54,8 +54,6 @@ def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
     import uvloop
 
     configure_logging(config.log_level, config.log_format)
-    if config.log_level == "info":  # it says what the lines below say, under the name uvicorn.error
-        logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     for note in notes:
         _log.info("%s", note)
     check_certificate(config)
@@ -64,12 +62,19 @@ def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
     except TracesError as error:
         raise LaunchError(str(error)) from None
     config = dataclasses.replace(config, otlp_traces_endpoint=endpoint)
-    listener = listen(config)
-    with listener, _unlinked_at_last(config.uds):
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(listen(config))
+        stack.enter_context(_unlinked_at_last(config.uds))
+        admin_listener = listen_for_admin(config)
+        if admin_listener is not None and config.api_workers > 1:
+            raise LaunchError("--admin-port and --admin-uds need --api-workers 1")
+        if admin_listener is not None:
+            stack.enter_context(admin_listener)
+            stack.enter_context(_unlinked_at_last(config.admin_uds))
         source = find_model(config.model)
         config = dataclasses.replace(config, served_model_name=config.served_model_name or (source.name,))
         if config.api_workers == 1:
-            uvloop.run(_serve(config, source, listener))
+            uvloop.run(_serve(config, source, listener, admin_listener))
             return
         with _shared_responses(config) as config:
             uvloop.run(_serve_by_workers(config, source, listener))
@@ -99,32 +104,45 @@ def listen(config: ServerConfig) -> socket.socket:
         LaunchError: the address cannot be had.
     """
     if config.uds is not None:
-        return _listen_at(config.uds)
-    family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
+        return _listen_at(config.uds, 0o660, "--uds")
+    return _listen_on(config.host, config.port, "--port", "--host")
+
+
+def listen_for_admin(config: ServerConfig) -> socket.socket | None:
+    """The same for the operator's interface, if there is to be one. Raises LaunchError."""
+    if config.admin_uds is not None:
+        return _listen_at(config.admin_uds, 0o600, "--admin-uds")
+    if config.admin_port is None:
+        return None
+    return _listen_on(config.admin_host, config.admin_port, "--admin-port", "--admin-host")
+
+
+def _listen_on(host: str, port: int, port_flag: str, host_flag: str) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if sys.platform == "linux":  # the connections inherit it
             listener.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNSENT_TIMEOUT_MS)
-        listener.bind((config.host, config.port))
+        listener.bind((host, port))
         listener.listen(_BACKLOG)
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)
         raise LaunchError(
-            f"cannot listen on {config.host} port {config.port}: {reason}. Choose another with --port "
-            "(0 takes a free one) or --host."
+            f"cannot listen on {host} port {port}: {reason}. Choose another with {port_flag} "
+            f"(0 takes a free one) or {host_flag}."
         ) from None
     return listener
 
 
-def _listen_at(path: str) -> socket.socket:
+def _listen_at(path: str, mode: int, flag: str) -> socket.socket:
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         with contextlib.suppress(FileNotFoundError):
             if stat.S_ISSOCK(os.stat(path).st_mode) and not _has_listener(path):
                 os.unlink(path)  # a server that was killed left it behind
-        before = os.umask(0o117)
+        before = os.umask(0o777 & ~mode)
         try:
             listener.bind(path)
         finally:
@@ -133,7 +151,7 @@ def _listen_at(path: str) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)
-        raise LaunchError(f"cannot listen on {path}: {reason}. Choose another with --uds.") from None
+        raise LaunchError(f"cannot listen on {path}: {reason}. Choose another with {flag}.") from None
     return listener
 
 
@@ -156,12 +174,17 @@ def _unlinked_at_last(path: str | None) -> Iterator[None]:
                 os.unlink(path)
 
 
-async def _serve(config: ServerConfig, source: ModelSource, listener: socket.socket) -> None:
+async def _serve(
+    config: ServerConfig,
+    source: ModelSource,
+    listener: socket.socket,
+    admin_listener: socket.socket | None,
+) -> None:
     from server.console import Console
     from server.engine_client import ZmqEngineClient
 
     started = time.monotonic()
-    console = Console(source.name, _url(config, listener), started, uds=config.uds)
+    console = Console(source.name, url_of(config, listener), started, uds=config.uds)
     loop = asyncio.get_running_loop()
     failed = asyncio.Event()
     failures: list[str] = []
@@ -180,6 +203,7 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
     engine.start()
     try:
         # While the engine imports and loads, this process does the same with its own half.
+        from server.admin.admin_server import administered
         from server.api_process import Ending, http_server, load_application, traces_of
 
         traces = traces_of(config)
@@ -193,7 +217,8 @@ async def _serve(config: ServerConfig, source: ModelSource, listener: socket.soc
             asyncio.create_task(_exit_on(failed, server)),
             asyncio.create_task(app.state.service.metrics.operation.watch_loop()),
         ]
-        await server.serve(sockets=[listener])
+        async with administered(config, app.state.service, engine, admin_listener):
+            await server.serve(sockets=[listener])
         for watcher in watchers:
             watcher.cancel()
         await app.state.service.close()
@@ -219,7 +244,7 @@ async def _serve_by_workers(config: ServerConfig, source: ModelSource, listener:
     from server.console import Console
     from server.worker_supervisor import WorkerSupervisor
 
-    console = Console(source.name, _url(config, listener), time.monotonic(), uds=config.uds)
+    console = Console(source.name, url_of(config, listener), time.monotonic(), uds=config.uds)
     supervisor = WorkerSupervisor(
         config,
         str(source.path),
@@ -236,9 +261,9 @@ async def _exit_on(failed: asyncio.Event, server: HttpServer) -> None:
     server.end()
 
 
-def _url(config: ServerConfig, listener: socket.socket) -> str:
+def url_of(config: ServerConfig, listener: socket.socket) -> str:
     scheme = "http" if config.ssl_certfile is None else "https"
-    if config.uds is not None:
+    if listener.family == socket.AF_UNIX:
         return f"{scheme}://localhost"
     host, port = listener.getsockname()[:2]
     return f"{scheme}://[{host}]:{port}" if ":" in host else f"{scheme}://{host}:{port}"

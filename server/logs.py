@@ -66,7 +66,20 @@ def configure_logging(level: str, form: str) -> None:
     """Logs to standard error, in the form ``text`` or ``json``."""
     handler = LogWriter(sys.stderr)
     handler.setFormatter(JsonFormatter() if form == "json" else TextFormatter())
-    logging.basicConfig(level=level.upper(), handlers=[handler])
+    logging.basicConfig(handlers=[handler])
+    set_log_level(level)
+
+
+def set_log_level(level: str) -> None:
+    """``debug``, ``info``, ``warning`` or ``error``, of this process."""
+    logging.getLogger().setLevel(level.upper())
+    # At level info it says what lines of ours say.
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING if level == "info" else logging.NOTSET)
+
+
+def log_level() -> str:
+    """The level of this process."""
+    return logging.getLevelName(logging.getLogger().level).lower()
 
 
 def _on_one_line(text: str) -> str:

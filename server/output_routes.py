@@ -46,7 +46,7 @@ class OutputRoutes:
                 shares[owner].append(output)
         self._forget_finished(message.outputs)
         for member, outputs in shares.items():
-            yield member, EngineOutputs(tuple(outputs), message.stats)
+            yield member, EngineOutputs(tuple(outputs), message.stats, message.profile)
 
     def _forget_finished(self, outputs: Iterable[EngineOutput]) -> None:
         for output in outputs:

@@ -20,7 +20,7 @@ from server.background_responses import BackgroundResponses
 from server.call import Call
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
-from server.errors import EngineDeadError
+from server.errors import DrainingError, EngineDeadError
 from server.grammar_check import GrammarCheck
 from server.json_body import read_json_object
 from server.metric_parts import page
@@ -28,6 +28,7 @@ from server.metrics import Metrics
 from server.peers import NoPeers, Peers
 from server.response_store import ResponseStore
 from server.resume import RESUMABLE_HEADER, can_resume
+from server.running_calls import RunningCalls
 from server.sse import EventStream
 from server.tokenization import Tokenization
 from server.tokenizer import Tokenizer
@@ -44,6 +45,7 @@ class Service:
 
     Attributes:
         is_draining: whether the server is about to end, and wants no more requests sent to it.
+        takes_requests: whether new ones are taken; an operator may say no, and yes again.
     """
 
     config: ServerConfig
@@ -57,7 +59,17 @@ class Service:
     background: BackgroundResponses = field(default_factory=BackgroundResponses)
     peers: Peers = field(default_factory=NoPeers)
     is_draining: bool = False
+    takes_requests: bool = True
+    running: RunningCalls = field(init=False)
     started: int = field(default_factory=lambda: int(time.time()))
+
+    def __post_init__(self) -> None:
+        self.running = RunningCalls(self.admission)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests should be sent here."""
+        return self.takes_requests and not self.is_draining and self.engine.is_ready
 
     @cached_property
     def system_fingerprint(self) -> str:
@@ -67,6 +79,8 @@ class Service:
 
     async def read(self, request: Request) -> tuple[dict[str, Any], int]:
         """The body of a request and its length. Raises ApiError, also if no request would be taken now."""
+        if not self.takes_requests:
+            raise DrainingError
         if self.engine.is_ready:  # otherwise it may not be known what it takes
             self.admission.check()
         body, num_bytes = await read_json_object(request)
@@ -99,7 +113,8 @@ class Service:
         self.grammar_check.close()
 
     def answer_to(self, call: Call, form: AnswerForm) -> Answer:
-        return Answer(call, self.engine, self.admission, self.tokenization.tokenizer, self.metrics, form)
+        tokenizer = self.tokenization.tokenizer
+        return Answer(call, self.engine, self.admission, tokenizer, self.metrics, self.running, form)
 
     async def answer(
         self,

@@ -24,8 +24,9 @@ import zmq
 import zmq.asyncio
 
 from scheduler.engine_core import EngineCore
-from scheduler.messages import EngineOutputs, ExecutorSpec, Request, Vocabulary
+from scheduler.messages import EngineOutputs, ExecutorSpec, ProfileSteps, Request, Vocabulary
 from server.config import ServerConfig
+from server.logs import set_log_level
 from server.output_routes import OutputRoutes
 
 _log = logging.getLogger(__name__)
@@ -75,9 +76,13 @@ class Kind(bytes, Enum):
     ABORT = b"X"
     QUIT = b"Q"
     VOCABULARY = b"V"
+    FLUSH = b"C"
+    PROFILE = b"M"
+    LOG_LEVEL = b"G"
     PROGRESS = b"P"
     READY = b"R"
     OUTPUTS = b"O"
+    FLUSHED = b"D"
     FAILED = b"F"
 
 
@@ -89,9 +94,13 @@ _BODY_TYPES: dict[Kind, Any] = {
     Kind.ABORT: str,
     Kind.QUIT: None,
     Kind.VOCABULARY: Vocabulary,
+    Kind.FLUSH: None,
+    Kind.PROFILE: ProfileSteps,
+    Kind.LOG_LEVEL: str,
     Kind.PROGRESS: Progress,
     Kind.READY: Ready,
     Kind.OUTPUTS: EngineOutputs,
+    Kind.FLUSHED: int,
     Kind.FAILED: str,
 }
 _DECODERS = {kind: msgspec.msgpack.Decoder(body) for kind, body in _BODY_TYPES.items()}
@@ -249,7 +258,10 @@ class EngineEnd:
                     self._ignore(sender, error)
             if core.has_work:
                 for member, share in self._routes.split(core.step()):
-                    self._socket.send_multipart((member, *encode(Kind.OUTPUTS, share)))
+                    self._send_to(member, Kind.OUTPUTS, share)
+
+    def _send_to(self, member: bytes, kind: Kind, body: object) -> None:
+        self._socket.send_multipart((member, *encode(kind, body)))
 
     def _take(
         self,
@@ -274,6 +286,12 @@ class EngineEnd:
                 core.abort(request_id)
         elif kind is Kind.VOCABULARY and self._may_command(sender):
             on_vocabulary(body)
+        elif kind is Kind.FLUSH and self._may_command(sender):
+            self._send_to(sender, Kind.FLUSHED, core.flush_prefix_cache())
+        elif kind is Kind.PROFILE and self._may_command(sender):
+            core.profile(body)
+        elif kind is Kind.LOG_LEVEL and self._may_command(sender):
+            set_log_level(body)
         else:
             raise TransportError(f"an engine does not take {kind.name}")
 

@@ -25,8 +25,7 @@ async def live() -> Response:
 @router.api_route("/health/ready", methods=["GET", "HEAD"])
 async def ready(request: Request) -> Response:
     """The engine takes requests and gets on. ``/health`` means the same, as in vLLM."""
-    service = service_of(request)
-    if service.is_draining or not service.engine.is_ready:
+    if not service_of(request).is_ready:
         # Not raised: a probe a second would fill the log.
         error = EngineDeadError("not ready")
         return Response(error.body(), error.status, error.headers, "application/json")

@@ -262,3 +262,22 @@ def test_the_invariants_notice_damage(damage: str) -> None:
         pool._index.popitem()
     with pytest.raises(AssertionError):
         pool.check_invariants([blocks])
+
+
+def test_a_flush_forgets_contents_and_leaves_held_blocks_alone() -> None:
+    pool = BlockPool(8, SIZE, "")
+    gone, held = [1, 2, 3, 4, 5, 6, 7, 8], [9] * 8
+    pool.release(fill(pool, gone))
+    holder = fill(pool, held)
+    assert pool.flush() == 4
+    assert match(pool, gone) == match(pool, held) == []
+    pool.check_invariants([holder])
+    assert pool.num_free == 6
+    other = fill(pool, held)  # computed again, and found again
+    assert match(pool, held) == other
+    pool.check_invariants([holder, other])
+    pool.release(holder)
+    pool.release(other)
+    pool.check_invariants([])
+    assert pool.flush() == 2
+    assert pool.flush() == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import random
 from concurrent.futures import Future
 from dataclasses import replace
 
@@ -299,3 +300,41 @@ def test_wasted_work_and_the_time_of_each_phase_are_counted() -> None:
     assert stats.execute_seconds_total > 0.001 * stats.steps_total
     assert 0 < stats.schedule_seconds_total < stats.execute_seconds_total
     assert 0 < stats.update_seconds_total < stats.execute_seconds_total
+
+
+@IN_FLIGHT
+def test_flushes_between_any_steps_change_no_token(max_in_flight: int) -> None:
+    spec = HashingExecutor(64, 4).spec
+    num_preemptions = 0
+    for seed in range(6):
+        draw = random.Random(seed)
+        executor = HashingExecutor(24, 4, max_num_batched_tokens=16, max_in_flight=max_in_flight)
+        engine = EngineCore(executor)
+        requests = [request(name, seed=seed, max_tokens=draw.randint(1, 30)) for name in "aabbcc"]
+        requests = [replace(one, request_id=f"{number}") for number, one in enumerate(requests)]
+        outputs: dict[str, list[EngineOutput]] = {}
+        waiting = list(requests)
+        while waiting or engine.has_work:
+            if waiting and draw.random() < 0.2:
+                engine.add_request(waiting.pop())
+            if draw.random() < 0.3:
+                engine.flush_prefix_cache()
+            for output in engine.step().outputs:
+                outputs.setdefault(output.request_id, []).append(output)
+            engine.check_invariants()
+        for one in requests:
+            assert tokens(outputs[one.request_id]) == run_alone(one, spec)[0]
+        num_preemptions += engine.stats.preemptions_total
+        assert engine.stats.kv_cache_usage == 0
+        engine.shutdown()
+    assert num_preemptions > 0
+
+
+def test_after_a_flush_nothing_is_hit() -> None:
+    engine = EngineCore(HashingExecutor(64, 4))
+    for flushes, hits in ((False, 0), (False, 36), (True, 0), (False, 36)):
+        if flushes:
+            assert engine.flush_prefix_cache() > 9
+        engine.add_request(request("a"))
+        assert drain(engine)["a"][0].num_cached_tokens == hits
+    engine.shutdown()

@@ -60,6 +60,11 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "chat_page": ("off", "off"),
         "api_workers": ("3", 3),
         "metrics_compat": ("tgi", "tgi"),
+        "admin_port": ("0", 0),
+        "admin_host": ("::1", "::1"),
+        "admin_uds": ("/run/admin.sock", "/run/admin.sock"),
+        "admin_key": ("a1", (api_key("a1"),)),
+        "admin_key_file": (str(key_file), (api_key("k3", "ann"),)),
         "otlp_traces_endpoint": ("http://otel:4318", "http://otel:4318/v1/traces"),
         "log_format": ("json", "json"),
         "pre_stop_seconds": ("2", 2),
@@ -138,3 +143,12 @@ def test_sizes(text: str, value: int) -> None:
 def test_no_sizes(text: str) -> None:
     with pytest.raises(ValueError, match="not a size"):
         parse_bytes(text)
+
+
+def test_an_admin_port_needs_a_key_and_a_key_a_port() -> None:
+    with pytest.raises(ConfigError, match="--admin-port needs --admin-key-file"):
+        configure("--admin-port", "9000")
+    with pytest.raises(ConfigError, match="need --admin-port or --admin-uds"):
+        configure("--admin-key", "k")
+    assert configure("--admin-port", "9000", "--admin-key", "k").admin_keys
+    assert not configure("--admin-uds", "/run/a.sock").admin_keys

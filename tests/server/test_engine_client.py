@@ -21,7 +21,7 @@ from scheduler.hashing_executor import HashingExecutor, run_alone
 from scheduler.messages import EngineOutput, FinishReason, Request, SamplingParams
 from server.config import ServerConfig
 from server.engine_client import ZmqEngineClient
-from server.errors import EngineDeadError, InternalError
+from server.errors import EngineDeadError, InternalError, ProfileRunningError
 from server.transport import Progress, Ready
 
 
@@ -309,3 +309,37 @@ async def test_blocks_are_free_within_a_tenth_of_a_second_of_a_disconnect() -> N
             assert client.stats.kv_cache_usage == 0
     # The second slowest of 40: other work on the machine may take the processor away once.
     assert sorted(seconds)[-2] < 0.1
+
+
+async def test_what_an_operator_asks_of_a_running_engine() -> None:
+    async with started() as watched:
+        client = watched.client
+        asked = [
+            Request(f"r{i}", (1, 0, 1, i % 2) * 4, SamplingParams(seed=i, max_tokens=60)) for i in range(3)
+        ]
+        answers = asyncio.gather(*(generated(client, one) for one in asked))
+        phases = await client.profile(5, 5.0)
+        assert [phase.phase for phase in phases] == ["schedule", "execute", "update"] * 5
+        assert all(0 <= phase.seconds < 5 for phase in phases)
+        flushed = await asyncio.gather(client.flush_prefix_cache(), client.flush_prefix_cache())
+        assert flushed[0] > 0
+        client.set_log_level("error")
+        wide = HashingExecutor(num_blocks=64, block_size=4, vocab_size=2).spec
+        assert await answers == [run_alone(one, wide)[0] for one in asked]
+        # Nothing runs: what there is comes when the time is over.
+        assert await client.profile(5, 0.05) == ()
+        leaving = asyncio.create_task(client.profile(5, 5.0))
+        await asyncio.sleep(0.02)
+        with pytest.raises(ProfileRunningError):
+            await client.profile(5, 5.0)
+        leaving.cancel()
+        await asyncio.gather(leaving, return_exceptions=True)
+        assert await client.profile(5, 0.05) == ()
+        interrupted = asyncio.create_task(client.profile(5, 5.0))
+        await asyncio.sleep(0.02)
+        await watched.kill()
+        with pytest.raises(EngineDeadError, match="SIGKILL"):
+            await interrupted
+        assert await client.flush_prefix_cache() == 0
+    with pytest.raises(EngineDeadError):
+        await client.flush_prefix_cache()

@@ -108,3 +108,22 @@ def test_a_unix_socket_is_for_this_user_and_group(tmp_path: Path) -> None:
     with pytest.raises(launch.LaunchError, match="--uds"):
         launch.listen(ServerConfig(uds=str(other)))
     assert other.read_text() == "precious"
+
+
+def test_the_operators_socket_is_for_this_user_alone(tmp_path: Path) -> None:
+    path = tmp_path / "socket"
+    config = ServerConfig(admin_uds=str(path), admin_port=0)
+    listener = launch.listen_for_admin(config)
+    assert listener is not None
+    with listener:
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with pytest.raises(launch.LaunchError, match="--admin-uds"):
+            launch.listen_for_admin(config)
+    assert launch.listen_for_admin(ServerConfig()) is None
+    listener = launch.listen_for_admin(ServerConfig(admin_port=0))
+    assert listener is not None
+    with listener:
+        host, port = listener.getsockname()
+        assert host == "127.0.0.1"
+        with pytest.raises(launch.LaunchError, match="--admin-port"):
+            launch.listen_for_admin(ServerConfig(admin_port=port))

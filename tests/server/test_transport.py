@@ -20,8 +20,11 @@ from scheduler.messages import (
     EngineStats,
     ExecutorSpec,
     FinishReason,
+    ProfileSteps,
     Request,
     SamplingParams,
+    StepPhase,
+    StepProfile,
     TokenLogprobs,
     Vocabulary,
 )
@@ -65,8 +68,13 @@ MESSAGES = [
                 EngineOutput("e", (5,), finish_reason=FinishReason.LENGTH, embedding=(0.25, -1.5)),
             ),
             EngineStats(num_running=1, kv_cache_usage=0.5),
+            StepProfile(2**62, (StepPhase(3, "execute", 1.25, 0.5, 7, 2),)),
         ),
     ),
+    (Kind.FLUSH, None),
+    (Kind.FLUSHED, 12),
+    (Kind.PROFILE, ProfileSteps(2**62, 100)),
+    (Kind.LOG_LEVEL, "debug"),
     (Kind.FAILED, "no memory"),
 ]
 
