@@ -51,7 +51,7 @@ _OPERATIONS: Mapping[str, str] = {
 # Of a call with many choices, so many get spans of their own.
 _MAX_CHILDREN = 8
 # How long the end of the server waits for the last spans to leave.
-_CLOSE_S, _CLOSE_FAILING_S = 3.0, 0.2
+_CLOSE_S, _CLOSE_FAILING_S = 1.0, 0.2
 CLIENT_DISCONNECTED = "client_disconnected"
 _SDK_LOGS = ("opentelemetry.exporter.otlp.proto.http.trace_exporter", "opentelemetry.sdk._shared_internal")
 
