@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 import time
 
@@ -186,6 +187,10 @@ def test_times_of_a_request() -> None:
     }
 
 
+# 100,000 by hand: INFLIGHTD_SERIES_ROUNDS=25000.
+_ROUNDS = int(os.environ.get("INFLIGHTD_SERIES_ROUNDS", "300"))
+
+
 async def test_clients_cannot_make_series(tokenizer: Tokenizer) -> None:
     async with api(ScriptedEngine(tokens([28])), tokenizer) as client:
         await client.post("/v1/chat/completions", json=chat())
@@ -195,12 +200,23 @@ async def test_clients_cannot_make_series(tokenizer: Tokenizer) -> None:
             return {re.sub(r" \S+$", "", line) for line in page.splitlines() if not line.startswith("#")}
 
         before = await series()
-        for index in range(50):
+        for index in range(_ROUNDS):
             await client.get(f"/random/{index}")
             await client.request(f"VERB{index}", "/v1/models")
             await client.post("/v1/chat/completions", json=chat(model=f"model-{index}"))
-            await client.post("/v1/chat/completions", json=chat(user=f"user-{index}", seed=index))
+            if index % 8 == 0:
+                body = chat(user=f"user-{index}", seed=index, metadata={f"m{index}": "x"})
+                headers = {"x-request-id": f"id-{index}", "user-agent": f"agent-{index}"}
+                await client.post("/v1/chat/completions", json=body, headers=headers)
         assert await series() == before
+        # Names that nobody knows are told apart as long as they are few and plain.
+        for index in range(60):
+            await client.post("/v1/completions", json={"prompt": "x", f"field_{index}": 1})
+        added = await series() - before
+        assert len(added) == 33
+        began = time.perf_counter()
+        assert (await client.get("/metrics")).status_code == 200
+        assert time.perf_counter() - began < 0.1
 
 
 async def test_the_server_itself(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
