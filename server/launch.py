@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, NoReturn
 from server.config import ServerConfig
 from server.logs import configure_logging
 from server.model_source import ModelSource, find_model
+from server.open_files import raise_open_files
 from server.otlp_settings import TracesError, traces_endpoint
 
 if TYPE_CHECKING:
@@ -57,6 +58,7 @@ def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
     for note in notes:
         _log.info("%s", note)
     check_certificate(config)
+    raise_open_files()
     try:
         endpoint = traces_endpoint(config.otlp_traces_endpoint, os.environ)
     except TracesError as error:
