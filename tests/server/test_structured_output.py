@@ -267,3 +267,24 @@ async def test_what_other_parts_of_the_server_ask_for(tokenizer: Tokenizer) -> N
         await structured_output.checked(json_constraint({"type": "nothing"}, "tools[0].function.parameters"))
     assert caught.value.param == "tools[0].function.parameters"
     structured_output._check.close()
+
+
+async def test_verdicts_are_not_all_remembered(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("server.grammar_check._MAX_VERDICTS", 10)
+    check = GrammarCheck(tokenizer)
+    asked: list[bytes] = []
+
+    def ask(grammar: bytes) -> str:
+        asked.append(grammar)
+        return ""
+
+    monkeypatch.setattr(check, "_ask", ask)
+    for index in range(100):
+        assert await check.error_in(f'{{"grammars":[{index}]}}') is None
+    assert len(check._verdicts) == 10
+    for index in (99, 90, 99):  # remembered
+        await check.error_in(f'{{"grammars":[{index}]}}')
+    assert len(asked) == 100
+    await check.error_in('{"grammars":[89]}')
+    assert len(asked) == 101
+    check.close()
