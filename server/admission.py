@@ -39,6 +39,7 @@ class _Place:
     key: str | None
     num_tokens: int
     turn: asyncio.Future[None] | None = None
+    failure: ApiError | None = None
     is_waiting: bool = True
     is_held: bool = False
     has_begun: bool = False
@@ -154,6 +155,8 @@ class Admission:
             DeadlineError: the time for the whole call is over.
         """
         place = self._places[request_id]
+        if place.failure is not None:
+            raise place.failure
         if not place.is_waiting:
             return
         place.turn = asyncio.get_running_loop().create_future()
@@ -245,6 +248,7 @@ class Admission:
     def fail(self, request_id: str, error: ApiError) -> None:
         """Ends a sequence with an error, wherever it is."""
         place = self._places[request_id]
+        place.failure = error
         if place.turn is not None and not place.turn.done():
             place.turn.set_exception(error)
         else:

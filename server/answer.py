@@ -11,11 +11,12 @@ from typing import Any, Protocol
 from scheduler.messages import FinishReason
 from server.admission import Admission
 from server.api_keys import cache_scope
+from server.beam_streams import BeamStreams
 from server.call import Call
 from server.choice import Choice
 from server.detokenizer import IncrementalDetokenizer
 from server.engine_protocol import EngineClient
-from server.engine_streams import EngineStreams
+from server.engine_streams import EngineStreams, OutputStreams
 from server.metrics import Metrics, RequestTimer
 from server.parsing.output_parser import OutputParser
 from server.request_trace import request_trace
@@ -106,7 +107,7 @@ class Answer:
         shown = frozenset[int]() if syntax is None else tokenizer.control_token_ids(syntax.markers)
         self._admission = admission
         self._running = running
-        self._streams = EngineStreams(engine, admission, call.requests)
+        self._streams = _streams(call, engine, admission)
         self._choices = [
             Choice(
                 index,
@@ -169,7 +170,7 @@ class Answer:
         async with aclosing(self._texts()) as texts:
             async for _ in texts:
                 pass
-        return self._form.whole(self._choices, self._usage())
+        return self._form.whole(self._best_choices(), self._usage())
 
     async def _texts(self) -> AsyncGenerator[list[tuple[Choice, str, bool]], None]:
         """(choice, new text, whether it is complete now) for what the engine has worked on, until all are."""
@@ -207,8 +208,23 @@ class Answer:
                 for choice in choices:
                     choice.abandon(reason_of_unfinished, time.monotonic())
 
+    def _best_choices(self) -> list[Choice]:
+        """Those that are shown; of more, each prompt's best first, which is how a beam search gives them."""
+        call = self._call
+        if call.best_of == call.n:
+            return self._choices
+        best: list[Choice] = []
+        for first in range(0, len(self._choices), call.best_of):
+            candidates = self._choices[first : first + call.best_of]
+            if call.length_penalty is None:
+                candidates = sorted(candidates, key=lambda choice: choice.logprob, reverse=True)
+            best += candidates[: call.n]
+        for index, choice in enumerate(best):
+            choice.index = index
+        return best
+
     def _usage(self) -> Usage:
-        first_choices = self._choices[:: self._call.n]
+        first_choices = self._choices[:: self._call.best_of]
         return Usage(
             prompt_tokens=sum(len(prompt.token_ids) for prompt in self._call.prompts),
             completion_tokens=sum(choice.num_tokens for choice in self._choices),
@@ -219,3 +235,9 @@ class Answer:
                 else sum(choice.num_reasoning_tokens for choice in self._choices)
             ),
         )
+
+
+def _streams(call: Call, engine: EngineClient, admission: Admission) -> OutputStreams:
+    if call.length_penalty is None:
+        return EngineStreams(engine, admission, call.requests)
+    return BeamStreams(engine, admission, call.requests, call.best_of, call.length_penalty)

@@ -22,8 +22,10 @@ class Call:
 
     Attributes:
         id, created, model: as every object of the answer carries them.
-        requests: one a choice, in the order of their index.
+        requests: ``best_of`` a prompt, in the order of the prompts.
         prompts: ``n`` consecutive choices answer each of them.
+        best_of: answers that are generated for a prompt; the best ``n`` of them are shown.
+        length_penalty: of the beam search, ``best_of`` wide, that finds the answers; None samples them.
         stop: strings that end an answer.
         num_logprobs: alternatives shown with each token; None shows nothing.
         continues_prompt: whether the text goes on where the prompt ends, rather than begins anew.
@@ -44,12 +46,14 @@ class Call:
     requests: tuple[Request, ...]
     prompts: tuple[Prompt, ...]
     n: int
+    best_of: int
     stop: tuple[str, ...]
     include_stop: bool
     skip_special_tokens: bool
     is_stream: bool
     include_usage: bool
     num_logprobs: int | None
+    length_penalty: float | None = None
     continues_prompt: bool = False
     echo: bool = False
     has_running_usage: bool = False
@@ -59,6 +63,11 @@ class Call:
     is_resumable: bool = False
     num_cached_tokens: int = 0
     syntax: OutputSyntax | None = None
+
+    @property
+    def num_choices(self) -> int:
+        """Answers that are shown."""
+        return self.n * len(self.prompts)
 
     def prompt_of(self, index: int) -> Prompt:
         """The prompt that a choice answers."""

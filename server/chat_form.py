@@ -44,7 +44,7 @@ class ChatForm:
         # As OpenAI does: a stream that ends with its usage has a null usage in all other chunks.
         self._tail = b'],"usage":null}\n\n' if call.include_usage else b"]}\n\n"
         self._before = [
-            self._head + b'{"index":%d,"delta":{"content":' % index for index in range(len(call.requests))
+            self._head + b'{"index":%d,"delta":{"content":' % index for index in range(call.num_choices)
         ]
         self._after = b'},"logprobs":null,"finish_reason":null}' + self._tail
         self._has_details = call.num_logprobs is not None or call.shows_token_ids or call.has_running_usage

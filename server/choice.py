@@ -186,6 +186,11 @@ class Choice:
         self.num_tokens = 0
 
     @property
+    def logprob(self) -> float:
+        """Of all tokens of the answer together, if they have come with theirs and were not taken."""
+        return sum(record.logprob for record in self.logprobs)
+
+    @property
     def stopped_by(self) -> str | None:
         """The stop string that ended the answer, if one did."""
         return self._detokenizer.stopped_by

@@ -34,17 +34,17 @@ class CompletionForm:
         self._before = self._head + b'{"text":'
         self._after = [
             b',"index":%d,"logprobs":null,"finish_reason":null}' % index + self._tail
-            for index in range(len(call.requests))
+            for index in range(call.num_choices)
         ]
         self._has_details = call.num_logprobs is not None or call.shows_token_ids or call.has_running_usage
         self._tokenizer = tokenizer
         # Shown once, with the first chunk of a choice.
-        self._prompt_ids = {index: call.prompt_of(index).token_ids for index in range(len(call.requests))}
+        self._prompt_ids = {index: call.prompt_of(index).token_ids for index in range(call.num_choices)}
         self._logprobs: list[CompletionLogprobs] = []
         if call.num_logprobs is not None:
             self._logprobs = [
                 CompletionLogprobs(call.num_logprobs, tokenizer, skip_special_tokens=call.skip_special_tokens)
-                for _ in call.requests
+                for _ in range(call.num_choices)
             ]
 
     def first(self, choice: Choice) -> bytes:

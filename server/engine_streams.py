@@ -5,12 +5,27 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
+from typing import Protocol
 
 from scheduler.messages import EngineOutput, Request
 from server.admission import Admission
 from server.engine_protocol import EngineClient
 
 Batch = list[tuple[int, EngineOutput]]
+
+
+class OutputStreams(Protocol):
+    """Where the outputs for the sequences of a call come from."""
+
+    def batches(self) -> AsyncGenerator[Batch, None]:
+        """(index of the request, output) pairs until each has its last. Closing the generator aborts what
+        has not finished. Raises ApiError.
+        """
+        ...
+
+    def close(self, index: int) -> None:
+        """Ends one request early while the others go on."""
+        ...
 
 
 class EngineStreams:

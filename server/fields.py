@@ -18,7 +18,6 @@ from server.protocol import (
     CompletionRequest,
     GenerateParameters,
     ModelFields,
-    SamplingFields,
     TokenizeChatRequest,
     WireModel,
 )
@@ -28,9 +27,7 @@ from server.responses_protocol import FunctionTool, ResponsesRequest, TextConfig
 _UNSUPPORTED_ANYWHERE: Mapping[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "structural_tag": (),
-    "use_beam_search": (False,),
-    "length_penalty": (1,),
-    "early_stopping": (False,),
+    "early_stopping": (False, "never"),
     "prompt_embeds": (),
     "return_tokens_as_token_ids": (False,),
     "logits_processors": ([],),
@@ -52,7 +49,6 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "prediction": (),
         "verbosity": ("medium",),
         "web_search_options": (),
-        "best_of": (1,),
         "echo": (False,),
         "add_special_tokens": (False,),
         "chat_template": (),
@@ -62,7 +58,6 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
     CompletionRequest: {
         **_UNSUPPORTED_ANYWHERE,
         "suffix": ("",),
-        "best_of": (1,),
     },
     TokenizeChatRequest: {
         "add_special_tokens": (False,),
@@ -128,7 +123,7 @@ def check_fields(body: ModelFields, on_unknown: Callable[[Path], None]) -> None:
     Raises:
         UnsupportedParameterError: naming the first field that asks for something this server does not do.
     """
-    _check(body, (), on_unknown, {"best_of": body.n} if isinstance(body, SamplingFields) else {})
+    _check(body, (), on_unknown)
     _check_within(body, (), on_unknown)
 
 
@@ -153,23 +148,18 @@ def _check_within(model: WireModel, path: Path, on_unknown: Callable[[Path], Non
         else:
             continue
         for part, where in parts:
-            _check(part, where, on_unknown, {})
+            _check(part, where, on_unknown)
             _check_within(part, where, on_unknown)
 
 
-def _check(
-    model: WireModel,
-    path: Path,
-    on_unknown: Callable[[Path], None],
-    also_allowed: Mapping[str, Any],
-) -> None:
+def _check(model: WireModel, path: Path, on_unknown: Callable[[Path], None]) -> None:
     if not model.model_extra:
         return
     unsupported = _UNSUPPORTED.get(type(model), {})
     for name, value in model.model_extra.items():
         if name in unsupported:
             allowed = unsupported[name]
-            if value is None or value in allowed or (name in also_allowed and value == also_allowed[name]):
+            if value is None or value in allowed:
                 continue
             param = field_path((*path, name))
             hint = f" other than {_shown(allowed[0])}" if allowed else ""

@@ -20,6 +20,11 @@ from server.wire_model import expected as expected
 
 MAX_CHOICES = 128
 MAX_PROMPTS = 1024
+# Answers of which the best are shown, if they are more than those.
+MAX_BEST_OF = 20
+# Twice as many tokens are looked at behind each beam, and the device reports that many.
+MAX_BEAM_WIDTH = 10
+MAX_LENGTH_PENALTY = 10.0
 MAX_PROMPT_TOKENS = 2**20
 MAX_STOP_STRINGS = 16
 MAX_STOP_CHARS = 1024
@@ -226,6 +231,9 @@ class SamplingFields(ModelFields):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=MAX_CHOICES)] | None = None
+    use_beam_search: bool | None = None
+    length_penalty: Annotated[Number, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] | None = None
     temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
     top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from scheduler.messages import Request, SamplingParams
 from server.call import Call, Prompt
+from server.candidate_fields import check_candidates, length_penalty, num_candidates
 from server.chat_grammar import ChatGrammars
 from server.chat_prompt import ChatPrompt, ChatPrompts
 from server.chat_template import ChatTemplateError
@@ -169,10 +170,11 @@ class Validator:
                 await texts.shortened(prompt, truncated(prompt.token_ids, wire, num_generated, spec))
                 for prompt in prompts
             ]
-        if len(prompts) * (wire.n or 1) > MAX_PROMPTS:
+        if len(prompts) * num_candidates(wire) > MAX_PROMPTS:
+            name = "n" if wire.best_of is None else "best_of"
             raise InvalidRequestError(
-                f"'n' times the number of prompts is more than {MAX_PROMPTS}. Send several requests.",
-                param="n",
+                f"'{name}' times the number of prompts is more than {MAX_PROMPTS}. Send several requests.",
+                param=name,
                 code="integer_above_max_value",
             )
         max_tokens = [
@@ -216,6 +218,7 @@ class Validator:
 
     async def _sampling(self, model: type[S], body: dict[str, Any], num_bytes: int) -> S:
         wire = await self.parsed(model, body, num_bytes)
+        check_candidates(wire)
         if wire.stream_options is not None and not wire.stream:
             raise InvalidRequestError(
                 "'stream_options' needs 'stream' to be true.", param="stream_options", code="invalid_value"
@@ -247,10 +250,17 @@ class Validator:
         echo: bool = False,
         is_scoring: bool = False,
     ) -> Call:
-        n = wire.n or 1
+        if wire.use_beam_search and grammar is not None:
+            raise InvalidRequestError(
+                "'use_beam_search' cannot be combined with what constrains the answer (a response format, "
+                "required calls of tools, a thinking budget).",
+                param="use_beam_search",
+                code="invalid_value",
+            )
+        n, best_of = wire.n or 1, num_candidates(wire)
         # The client's own id is for the client: two requests may have the same.
         call_id = f"{id_prefix}{uuid.uuid4().hex}"
-        num_choices = n * len(prompts)
+        num_requests = best_of * len(prompts)
         seed = secrets.randbits(63) if wire.seed is None else wire.seed
         prompt_logprobs = [
             num for num in (wire.prompt_logprobs, num_logprobs if echo else None) if num is not None
@@ -259,12 +269,13 @@ class Validator:
             wire,
             self._tokenization.tokenizer,
             self._engine.spec.vocab_size,
-            logprobs=num_logprobs,
+            # The best of several are found by them.
+            logprobs=0 if num_logprobs is None and best_of > n else num_logprobs,
             prompt_logprobs=max(prompt_logprobs, default=None),
         )
         requests = []
-        for index in range(num_choices):
-            prompt, limit = prompts[index // n], max_tokens[index // n]
+        for index in range(num_requests):
+            prompt, limit = prompts[index // best_of], max_tokens[index // best_of]
             if wire.min_tokens is not None and wire.min_tokens > limit:
                 raise InvalidRequestError(
                     f"'min_tokens' is more than the {limit} tokens that may be generated.",
@@ -273,11 +284,11 @@ class Validator:
                 )
             requests.append(
                 Request(
-                    request_id=call_id if num_choices == 1 else f"{call_id}-{index}",
+                    request_id=call_id if num_requests == 1 else f"{call_id}-{index}",
                     prompt_token_ids=prompt.token_ids,
                     params=SamplingParams(
                         **shared,
-                        seed=(seed + index % n) & _SEED_MASK,
+                        seed=(seed + index % best_of) & _SEED_MASK,
                         max_tokens=limit,
                         min_tokens=wire.min_tokens or 0,
                     ),
@@ -295,6 +306,7 @@ class Validator:
             requests=tuple(requests),
             prompts=tuple(prompts),
             n=n,
+            best_of=best_of,
             stop=(stop,) if isinstance(stop, str) else tuple(stop),
             include_stop=bool(wire.include_stop_str_in_output),
             skip_special_tokens=wire.skip_special_tokens is not False,
@@ -302,6 +314,7 @@ class Validator:
             include_usage=bool(options.include_usage),
             has_running_usage=bool(options.include_usage and options.continuous_usage_stats),
             num_logprobs=num_logprobs,
+            length_penalty=length_penalty(wire),
             num_prompt_logprobs=wire.prompt_logprobs,
             shows_token_ids=bool(wire.return_token_ids),
             continues_prompt=continues_prompt,

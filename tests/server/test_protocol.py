@@ -202,14 +202,12 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
 UNSUPPORTED_CHAT_FIELDS: list[tuple[str, Any, list[Any]]] = [
     ("functions", [{}], [None, []]),
     ("function_call", "auto", [None, "none"]),
-    ("best_of", 2, [None, 1]),
     ("modalities", ["text", "audio"], [None, ["text"]]),
     ("audio", {}, [None]),
     ("web_search_options", {}, [None]),
     ("chat_template", "{{ 1 }}", [None]),
     ("chat_template_kwargs", {"tokenize": True}, [None, {}, {"enable_thinking": False}]),
     ("chat_template_kwargs", {"messages": []}, [None]),
-    ("use_beam_search", True, [None, False]),
     ("reasoning_effort", "high", [None]),
     ("prediction", {"type": "content"}, [None]),
     ("service_tier", "priority", [None, "auto", "default"]),
@@ -279,7 +277,6 @@ async def test_numbers_that_json_can_only_write_as_too_large(tokenizer: Tokenize
         ({"prompt": "a", "logprobs": True}, "logprobs", "invalid_type"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens", "integer_below_min_value"),
         ({"prompt": "a", "suffix": "b"}, "suffix", "unsupported_parameter"),
-        ({"prompt": "a", "best_of": 2}, "best_of", "unsupported_parameter"),
         ({"prompt": "a", "echo": "yes"}, "echo", "invalid_type"),
     ],
 )
@@ -302,12 +299,6 @@ async def test_known_fields_that_are_not_honoured(
         for value in allowed:
             response = await client.post("/v1/chat/completions", json=chat(**{name: value}))
             assert response.status_code == 200, value
-
-
-async def test_best_of_may_equal_n(tokenizer: Tokenizer) -> None:
-    async with api(ScriptedEngine(tokens([1])), tokenizer) as client:
-        body = {"prompt": "a", "n": 2, "best_of": 2}
-        assert (await client.post("/v1/completions", json=body)).status_code == 200
 
 
 async def test_null_is_the_default_of_every_optional_field(tokenizer: Tokenizer) -> None:
