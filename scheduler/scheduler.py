@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 from scheduler.block_pool import BlockPool
 from scheduler.executor import OutOfDeviceMemoryError
+from scheduler.expected_blocks import ExpectedBlocks
 from scheduler.failed_steps import FailedSteps
 from scheduler.grammars import Grammars
 from scheduler.messages import (
@@ -61,6 +62,7 @@ class Scheduler:
         self._grammars = grammars
         self._pool = BlockPool(config.num_blocks, config.block_size, config.cache_seed)
         self._failed = FailedSteps(config.max_num_seqs)
+        self._expected_blocks = ExpectedBlocks(self._pool)
         self._waiting = WaitingQueue()
         # In order of admission: a prompt in chunks takes all the budget that is left, so all who decode stand
         # before it and get their token first.
@@ -214,19 +216,28 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def _admit(self, step: _Step) -> None:
-        """Moves sequences from the queue into the step, strictly in order.
+        """Moves sequences from the queue into the step, in order, but for those whose prefix somebody else is
+        computing: it is computed once.
 
         A sequence is admitted only if all its tokens would fit, with one block to spare for each running
         sequence: it would be the first to be preempted when one of them grows, and its work lost.
         """
-        pool, running = self._pool, self._running
-        while step.budget and self._waiting and len(running) < self._failed.max_running:
-            sequence = self._waiting.first
+        pool, running, expected = self._pool, self._running, self._expected_blocks
+        position = 0
+        while step.budget and position < len(self._waiting) and len(running) < self._failed.max_running:
+            sequence = self._waiting[position]
+            if expected.is_awaited(sequence):
+                position += 1
+                continue
             if not self._may_join(sequence, step):
                 return
             if sequence.resume_after_step > self._num_completed_steps or pool.num_free <= len(running):
                 return
-            hits = self._match_prefix(sequence)
+            max_hits = self._max_hits(sequence)
+            hits = self._match_prefix(sequence, max_hits)
+            if expected.is_next_of(sequence, len(hits), max_hits):
+                position += 1
+                continue
             num_hits = len(hits) * pool.block_size
             num_tokens = min(sequence.num_tokens - num_hits, step.budget)
             num_blocks = pool.num_blocks_for(num_hits + num_tokens) - len(hits)
@@ -240,6 +251,7 @@ class Scheduler:
             sequence.block_ids = hits + block_ids
             sequence.num_indexed_blocks = len(hits)
             sequence.num_computed_tokens = num_hits
+            expected.follow(sequence)
             self._num_recomputed_tokens += max(sequence.num_lost_tokens - num_hits, 0)
             sequence.num_lost_tokens = 0
             if not sequence.first_scheduled_time:
@@ -256,13 +268,16 @@ class Scheduler:
             )
             self._take(sequence, num_tokens, tuple(block_ids), step)
 
-    def _match_prefix(self, sequence: Sequence) -> list[int]:
-        """Cached blocks to start from. Never all tokens: the last is computed, to sample from it."""
+    def _max_hits(self, sequence: Sequence) -> int:
+        """Cached blocks at most. Never all tokens: the last is computed, to sample from it."""
         if sequence.request.params.reads_whole_prompt:
-            return []
-        max_blocks = (sequence.num_tokens - 1) // self._config.block_size
+            return 0
+        return (sequence.num_tokens - 1) // self._config.block_size
+
+    def _match_prefix(self, sequence: Sequence, max_hits: int) -> list[int]:
+        """Cached blocks to start from."""
         return self._pool.match_prefix(
-            sequence.block_keys, sequence.token_ids, sequence.request.cache_salt, max_blocks
+            sequence.block_keys, sequence.token_ids, sequence.request.cache_salt, max_hits
         )
 
     def _note_first_admission(self, sequence: Sequence, num_hits: int) -> None:
@@ -340,6 +355,7 @@ class Scheduler:
             owner = sequence.request.cache_owner
             keys[position] = self._pool.cache(sequence.block_ids[position], keys[position], owner)
         sequence.num_indexed_blocks = num_full_blocks
+        self._expected_blocks.follow(sequence)
 
     def _append(self, sequence: Sequence, token: SampledToken) -> None:
         if not token.is_valid:
@@ -406,6 +422,7 @@ class Scheduler:
         sequence.block_ids = []
         sequence.num_computed_tokens = 0
         sequence.num_indexed_blocks = 0
+        self._expected_blocks.follow(sequence)
 
     # ---- state ----
 
@@ -435,6 +452,7 @@ class Scheduler:
         """Raises AssertionError if the state contradicts itself. Costs time proportional to all of it."""
         running, waiting = self._running, list(self._waiting)
         self._pool.check_invariants([sequence.block_ids for sequence in running])
+        self._expected_blocks.check_invariants(self._sequences.values())
         assert len(running) <= self._config.max_num_seqs, "too many sequences run"
         assert {id(s) for s in running + waiting} == {id(s) for s in self._sequences.values()}, (
             "lost sequence"

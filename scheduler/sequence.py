@@ -21,6 +21,8 @@ class Sequence:
         num_computed_tokens: tokens handed to the executor; counts a step as soon as it is scheduled.
         block_keys: keys of the leading full blocks, as far as they were needed.
         num_indexed_blocks: leading blocks that were offered to the prefix cache.
+        expected_key: of the next block that it completes, if all of its tokens are known.
+        awaited_key: of the block that somebody else was computing when it could have been admitted.
         num_cached_tokens: prefix-cache hits when the sequence was first admitted.
         prompt_logprobs: records for prompt tokens 1, 2, ... as far as they have arrived.
         resume_after_step: id of the last step issued before the sequence was preempted: until its result
@@ -33,8 +35,10 @@ class Sequence:
     """
 
     __slots__ = (
+        "awaited_key",
         "block_ids",
         "block_keys",
+        "expected_key",
         "first_scheduled_time",
         "has_grammar",
         "is_finished",
@@ -73,6 +77,8 @@ class Sequence:
         self.block_ids: list[int] = []
         self.block_keys: list[BlockKey] = []
         self.num_indexed_blocks = 0
+        self.expected_key: BlockKey | None = None
+        self.awaited_key: BlockKey | None = None
         self.num_cached_tokens = 0
         self.num_lost_tokens = 0
         self.lost_until_step = 0

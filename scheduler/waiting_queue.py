@@ -27,10 +27,9 @@ class WaitingQueue:
     def __iter__(self) -> Iterator[Sequence]:
         return iter(self._sequences)
 
-    @property
-    def first(self) -> Sequence:
-        """The next to be admitted. Raises IndexError if nobody waits."""
-        return self._sequences[0]
+    def __getitem__(self, position: int) -> Sequence:
+        """The one behind ``position`` others. Raises IndexError if fewer wait."""
+        return self._sequences[position]
 
     def add(self, sequence: Sequence) -> None:
         insort(self._sequences, sequence, key=_ORDER)

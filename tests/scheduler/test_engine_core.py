@@ -87,7 +87,7 @@ def test_the_sequences_of_a_failed_step_go_on(max_in_flight: int, caplog: pytest
         64, 4, max_num_seqs=2, max_num_batched_tokens=100, max_in_flight=max_in_flight, fail_at_steps=(3,)
     )
     engine = EngineCore(executor)
-    requests = [request(name) for name in "abcd"]
+    requests = [request(name, salt=name) for name in "abcd"]
     for one in requests:
         engine.add_request(one)
     outputs = drain(engine)

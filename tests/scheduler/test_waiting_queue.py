@@ -27,7 +27,7 @@ def test_priority_then_arrival_then_number() -> None:
     for one in reversed(expected):
         queue.add(one)
     assert list(queue) == expected
-    assert queue.first is expected[0]
+    assert queue[0] is expected[0]
 
 
 def test_one_that_comes_back_gets_its_old_place() -> None:

@@ -186,7 +186,11 @@ class WatchingExecutor:
         self.limits = {r.request_id: max_num_tokens(r, workload) for r in requests}
         self.arrived: set[str] = set()
         self.finished: set[str] = set()
+        self.requests = {r.request_id: r for r in requests}
         self.alive: dict[str, int] = {}  # request id -> number of its tokens, those in flight included
+        # Of those alive: their tokens at admission, and how many have certainly been computed.
+        self.known: dict[str, tuple[int, ...]] = {}
+        self.computed: dict[str, int] = {}
         self.steps: list[SchedulerOutput] = []
 
     def execute(self, step: SchedulerOutput) -> Future[ModelRunnerOutput]:
@@ -204,8 +208,38 @@ class WatchingExecutor:
             assert all(self.orders[name] > self.orders[other] for other in self.alive), "not the newest"
         admitted = {new.request_id for new in step.new}
         waiting = self.arrived - self.finished - set(self.alive) - admitted
-        for name in admitted:
-            assert all(self.orders[name] < self.orders[other] for other in waiting), "not the first in line"
+        for new in step.new:
+            self.known[new.request_id] = new.token_ids
+            self.computed[new.request_id] = new.num_computed_tokens
+        for other in waiting:
+            is_overtaken = any(self.orders[name] > self.orders[other] for name in admitted)
+            assert not is_overtaken or self._awaits_prefix(other), "not the first in line"
+        for share in step.scheduled:
+            # With two steps in flight, this one may not be done when the next is scheduled.
+            done = share.start + (share.num_tokens if self.max_in_flight == 1 else 0)
+            self.computed[share.request_id] = done
+
+    def _awaits_prefix(self, name: str) -> bool:
+        """Whether somebody is computing a block that one in the queue can use."""
+        request, block_size = self.requests[name], self.spec.block_size
+        prompt = request.prompt_token_ids
+        if request.params.prompt_logprobs is not None:
+            return False
+        for other in self.alive.keys() | {new.request_id for new in self.steps[-1].new}:
+            if self.requests[other].cache_salt != request.cache_salt:
+                continue
+            common = next(
+                (
+                    i
+                    for i, pair in enumerate(zip(prompt, self.known[other], strict=False))
+                    if len(set(pair)) > 1
+                ),
+                # What it has generated itself before a preemption may be the same too.
+                len(self.known[other]),
+            )
+            if self.computed[other] // block_size < common // block_size:
+                return True
+        return False
 
     def _check_progress(self, step: SchedulerOutput) -> None:
         scheduled = {share.request_id for share in step.scheduled}
