@@ -68,6 +68,7 @@ def create_app(
         config.served_model_names,
         refuse_unknown if config.strict_fields else metrics.count_unknown_field,
         formats,
+        trusts_templates=config.trust_request_chat_template,
     )
     # No documentation pages: they load scripts from elsewhere.
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)

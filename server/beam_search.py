@@ -111,7 +111,7 @@ class BeamSearch:
         return Beam(token_ids, logprob, score, beam, last, has_stopped)
 
     def _score(self, logprob: float, num_tokens: int) -> float:
-        return logprob / (self._prompt_length + num_tokens) ** self._length_penalty
+        return logprob / math.pow(self._prompt_length + num_tokens, self._length_penalty)
 
     def _limit(self) -> float:
         """A score that no text reached from ``beams`` exceeds. More tokens make no text likelier, and the

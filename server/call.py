@@ -33,6 +33,7 @@ class Call:
         has_running_usage: whether each chunk of a stream tells the usage so far.
         num_prompt_logprobs: alternatives shown with each token of the prompt; None shows nothing.
         shows_token_ids: whether the ids of the tokens, of prompt and answer, are part of the response.
+        names_tokens_by_id: whether logprobs call tokens ``token_id:123``.
         syntax: how the answers of a chat are taken apart into content, reasoning and calls of tools; None
             leaves them whole.
         is_scoring: whether only the prompt is wanted; the one token that the engine must generate is dropped.
@@ -59,6 +60,7 @@ class Call:
     has_running_usage: bool = False
     num_prompt_logprobs: int | None = None
     shows_token_ids: bool = False
+    names_tokens_by_id: bool = False
     is_scoring: bool = False
     is_resumable: bool = False
     num_cached_tokens: int = 0

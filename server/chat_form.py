@@ -51,7 +51,10 @@ class ChatForm:
 
     def first(self, choice: Choice) -> bytes:
         prompt = self._call.prompt_of(choice.index).token_ids if self._call.shows_token_ids else None
-        return self._chunk(choice, {"role": "assistant", "content": ""}, is_bare=True, prompt=prompt)
+        first = self._chunk(choice, {"role": "assistant", "content": ""}, is_bare=True, prompt=prompt)
+        if echoed := self._call.prompts[0].text:
+            first += self._chunk(choice, {"content": echoed}, is_bare=True)
+        return first
 
     def piece(self, choice: Choice, text: str) -> bytes:
         if self._call.syntax is not None:
@@ -91,7 +94,7 @@ class ChatForm:
         has_logprobs = self._call.num_logprobs is not None
         shown: dict[str, Any] = {
             "index": choice.index,
-            "message": {"role": "assistant", **self._message(choice)},
+            "message": self._echoed({"role": "assistant", **self._message(choice)}),
             "logprobs": msgspec.Raw(self._logprobs(choice)) if has_logprobs else None,
             "finish_reason": choice.finish_reason,
         }
@@ -131,6 +134,11 @@ class ChatForm:
             tail = b'],"prompt_token_ids":' + _encode(prompt) + tail[1:]
         return self._head + _encode(shown) + tail
 
+    def _echoed(self, message: dict[str, Any]) -> dict[str, Any]:
+        if echoed := self._call.prompts[0].text:
+            message["content"] = echoed + (message["content"] or "")
+        return message
+
     def _message(self, choice: Choice) -> dict[str, Any]:
         syntax = self._call.syntax
         if syntax is None:
@@ -155,7 +163,8 @@ class ChatForm:
 
     def _logprobs(self, choice: Choice) -> bytes:
         num_top = self._call.num_logprobs or 0
-        content = chat_logprobs(choice.take_logprobs(), num_top, self._tokenizer)
+        by_id = self._call.names_tokens_by_id
+        content = chat_logprobs(choice.take_logprobs(), num_top, self._tokenizer, by_id=by_id)
         return _encode({"content": content, "refusal": None})
 
 

@@ -49,7 +49,11 @@ class ChatPrompt:
 class ChatPrompts:
     """Writes chats out for one model."""
 
-    def __init__(self, tokenization: Tokenization, formats: ModelFormats) -> None:
+    def __init__(
+        self, tokenization: Tokenization, formats: ModelFormats, *, trusts_templates: bool = False
+    ) -> None:
+        """``trusts_templates``: those that come with requests are used."""
+        self._trusts_templates = trusts_templates
         self._tokenization = tokenization
         self._formats = formats
 
@@ -60,6 +64,12 @@ class ChatPrompts:
             InvalidRequestError: messages, tools or template arguments that do not fit together.
             ChatTemplateError, InvalidTextError, TextTooLongError: as ``Tokenization.encode_chat``.
         """
+        if wire.chat_template is not None and not self._trusts_templates:
+            raise UnsupportedParameterError(
+                "'chat_template' is not supported by this server, unless it is started with "
+                "--trust-request-chat-template. Leave it out.",
+                param="chat_template",
+            )
         continues_message = bool(wire.continue_final_message)
         if continues_message and wire.add_generation_prompt:
             raise InvalidRequestError(
@@ -86,6 +96,7 @@ class ChatPrompts:
             add_generation_prompt=wire.add_generation_prompt is not False and not continues_message,
             continues_final=continues_message,
             variables=self._variables(wire),
+            template=wire.chat_template,
         )
         return ChatPrompt(tuple(token_ids), choice, self._syntax(wire, choice, token_ids), continues_message)
 
@@ -143,6 +154,10 @@ class ChatPrompts:
                 f"'chat_template_kwargs' may not set '{name}'.", param="chat_template_kwargs"
             )
         effort = wire.reasoning_effort
+        if wire.chat_template is not None:  # which reads what it likes
+            if effort is not None:
+                given = {"reasoning_effort": effort, "enable_thinking": effort != "none", **given}
+            return given
         if effort is not None:
             if "reasoning_effort" in names:
                 given.setdefault("reasoning_effort", effort)
@@ -180,6 +195,14 @@ class ChatPrompts:
             is_reasoning,
             keeps_reasoning=wire.include_reasoning is not False,
         )
+
+
+def echoed_text(wire: ChatPromptFields) -> str:
+    """What an answer with ``echo`` begins with: the last message, if the answer is of the same role."""
+    last = wire.messages[-1]
+    if wire.add_generation_prompt is not False and last.role != "assistant":
+        return ""
+    return _text(last.content) or ""
 
 
 def _text(content: str | list[TextPart] | None) -> str | None:

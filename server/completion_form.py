@@ -43,7 +43,12 @@ class CompletionForm:
         self._logprobs: list[CompletionLogprobs] = []
         if call.num_logprobs is not None:
             self._logprobs = [
-                CompletionLogprobs(call.num_logprobs, tokenizer, skip_special_tokens=call.skip_special_tokens)
+                CompletionLogprobs(
+                    call.num_logprobs,
+                    tokenizer,
+                    skip_special_tokens=call.skip_special_tokens,
+                    by_id=call.names_tokens_by_id,
+                )
                 for _ in range(call.num_choices)
             ]
 

@@ -250,6 +250,13 @@ class ServerConfig:
         group="server",
         metavar="on|off",
     )
+    trust_request_chat_template: bool = _flag(
+        False,
+        _switch,
+        "use the field chat_template of requests, bounded in time and memory; off (default) refuses it",
+        group="server",
+        metavar="on|off",
+    )
     metrics_prefix: str = _flag(
         "inflightd",
         _metric_prefix,

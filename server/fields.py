@@ -29,7 +29,6 @@ _UNSUPPORTED_ANYWHERE: Mapping[str, tuple[Any, ...]] = {
     "structural_tag": (),
     "early_stopping": (False, "never"),
     "prompt_embeds": (),
-    "return_tokens_as_token_ids": (False,),
     "logits_processors": ([],),
     "kv_transfer_params": (),
     "vllm_xargs": ({},),
@@ -49,9 +48,7 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
         "prediction": (),
         "verbosity": ("medium",),
         "web_search_options": (),
-        "echo": (False,),
         "add_special_tokens": (False,),
-        "chat_template": (),
         "documents": ([],),
         "mm_processor_kwargs": ({},),
     },
@@ -61,7 +58,6 @@ _UNSUPPORTED: Mapping[type[WireModel], Mapping[str, tuple[Any, ...]]] = {
     },
     TokenizeChatRequest: {
         "add_special_tokens": (False,),
-        "chat_template": (),
         "mm_processor_kwargs": ({},),
     },
     GenerateParameters: {

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import hashlib
-import subprocess
-import sys
 from collections import OrderedDict
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
+from server.expendable_process import ExpendableProcess
 from server.grammars import MAX_GRAMMAR_BYTES
 from server.tokenizer import Tokenizer
 
@@ -32,9 +30,8 @@ class GrammarCheck:
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer = tokenizer
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-check")
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = ExpendableProcess(_MODULE, lambda: msgspec.msgpack.encode(tokenizer.vocabulary))
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()
         self.num_compiled = 0
         self.num_refused = 0
@@ -60,39 +57,8 @@ class GrammarCheck:
     def close(self) -> None:
         """Ends the process, if there is one."""
         self._thread.shutdown()
-        self._end()
+        self._process.close()
 
     def _ask(self, grammar: bytes) -> str:
-        if self._process is None:
-            self._start()
-        assert self._process is not None
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        try:
-            self._process.stdin.write(_frame(grammar))
-            self._process.stdin.flush()
-            head = self._process.stdout.read(4)
-            answer = self._process.stdout.read(int.from_bytes(head, "little"))
-        except OSError:
-            head, answer = b"", b""
-        if len(head) < 4 or len(answer) < int.from_bytes(head, "little"):
-            self._end()
-            return TOO_COMPLEX
-        return answer.decode()
-
-    def _start(self) -> None:
-        command = [sys.executable, "-m", _MODULE]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-        assert self._process.stdin is not None
-        self._process.stdin.write(_frame(msgspec.msgpack.encode(self._tokenizer.vocabulary)))
-
-    def _end(self) -> None:
-        process, self._process = self._process, None
-        if process is not None:
-            process.kill()
-            with contextlib.suppress(OSError):
-                process.communicate()
-
-
-def _frame(body: bytes) -> bytes:
-    return len(body).to_bytes(4, "little") + body
+        answer = self._process.ask(grammar)
+        return TOO_COMPLEX if answer is None else answer.decode()

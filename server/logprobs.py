@@ -14,21 +14,31 @@ _LEAST = -9999.0
 
 
 def chat_logprobs(
-    records: Iterable[TokenLogprobs], num_top: int, tokenizer: Tokenizer
+    records: Iterable[TokenLogprobs], num_top: int, tokenizer: Tokenizer, *, by_id: bool = False
 ) -> list[dict[str, Any]]:
-    """One ``ChatCompletionTokenLogprob`` for each record, with the ``num_top`` most likely tokens."""
+    """One ``ChatCompletionTokenLogprob`` for each record, with the ``num_top`` most likely tokens.
+
+    Args:
+        by_id: tokens are called ``token_id:123``.
+    """
+
+    def shown(token_id: int, logprob: float) -> dict[str, Any]:
+        data = tokenizer.token_bytes(token_id)
+        name = _id_name(token_id) if by_id else data.decode("utf-8", "replace")
+        return {"token": name, "logprob": max(logprob, _LEAST), "bytes": list(data)}
+
     return [
         {
-            **_chat_token(record.token_id, record.logprob, tokenizer),
-            "top_logprobs": [_chat_token(*pair, tokenizer) for pair in record.top[:num_top]],
+            **shown(record.token_id, record.logprob),
+            "top_logprobs": [shown(*pair) for pair in record.top[:num_top]],
         }
         for record in records
     ]
 
 
-def _chat_token(token_id: int, logprob: float, tokenizer: Tokenizer) -> dict[str, Any]:
-    data = tokenizer.token_bytes(token_id)
-    return {"token": data.decode("utf-8", "replace"), "logprob": max(logprob, _LEAST), "bytes": list(data)}
+def _id_name(token_id: int) -> str:
+    """What vLLM calls a token where names are to be unambiguous."""
+    return f"token_id:{token_id}"
 
 
 def prompt_logprobs(
@@ -61,7 +71,11 @@ class CompletionLogprobs:
     Remembers how far the text has come, so that it can be asked piece by piece.
     """
 
-    def __init__(self, num_top: int, tokenizer: Tokenizer, *, skip_special_tokens: bool) -> None:
+    def __init__(
+        self, num_top: int, tokenizer: Tokenizer, *, skip_special_tokens: bool, by_id: bool = False
+    ) -> None:
+        """``by_id`` calls tokens ``token_id:123``."""
+        self._by_id = by_id
         self._num_top = num_top
         self._tokenizer = tokenizer
         self._hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
@@ -98,6 +112,8 @@ class CompletionLogprobs:
 
     def _shown(self, token_id: int) -> str:
         """A token that is only a part of a character is shown as OpenAI does: ``bytes:\\xe2\\x82``."""
+        if self._by_id:
+            return _id_name(token_id)
         data = self._tokenizer.token_bytes(token_id)
         try:
             return data.decode("utf-8")

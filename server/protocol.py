@@ -33,6 +33,7 @@ MAX_LOGIT_BIAS = 300
 MAX_STOP_TOKENS = 256
 MAX_BAD_WORDS = 64
 MAX_MESSAGES = 16_384
+MAX_TEMPLATE_CHARS = 64 * 1024
 MAX_TOOLS = 128
 MAX_TOOL_NAME_CHARS = 64
 
@@ -210,6 +211,7 @@ class ChatPromptFields(ModelFields):
     parallel_tool_calls: bool | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
+    chat_template: Annotated[str, Field(max_length=MAX_TEMPLATE_CHARS)] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     include_reasoning: bool | None = None
@@ -270,6 +272,7 @@ class SamplingFields(ModelFields):
     prompt_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     truncate_prompt_tokens: Annotated[int, Field(ge=-1, le=INT64_MAX)] | None = None
     return_token_ids: bool | None = None
+    return_tokens_as_token_ids: bool | None = None
     request_id: Annotated[str, Field(max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")] | None = None
     priority: Annotated[int, Field(ge=-INT32_MAX, le=INT32_MAX)] | None = None
     cache_salt: Annotated[str, Field(min_length=1, max_length=256)] | None = None
@@ -290,6 +293,7 @@ class ChatCompletionRequest(ChatPromptFields, SamplingFields):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None
     thinking_token_budget: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
+    echo: bool | None = None
 
 
 PromptInput = Annotated[

@@ -111,6 +111,7 @@ class Service:
         await self.background.close()
         self.responses.close()
         self.grammar_check.close()
+        self.tokenization.close()
 
     def answer_to(self, call: Call, form: AnswerForm) -> Answer:
         tokenizer = self.tokenization.tokenizer

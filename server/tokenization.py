@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
+from server.request_template import RequestTemplates
 from server.tokenizer import Tokenizer
 
 T = TypeVar("T")
@@ -33,6 +34,14 @@ class Tokenization:
         self.tokenizer = tokenizer
         self._short = ThreadPoolExecutor(1, thread_name_prefix="tokenize-short")
         self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
+        # Templates of clients may keep theirs busy as long as they are let.
+        self._foreign = ThreadPoolExecutor(1, thread_name_prefix="tokenize-foreign")
+        self._request_templates = RequestTemplates(tokenizer.named_special_tokens)
+
+    def close(self) -> None:
+        """Ends what runs outside of this process."""
+        self._foreign.shutdown()
+        self._request_templates.close()
 
     async def encode(
         self, texts: Sequence[str], limit: int, *, add_special_tokens: bool = True
@@ -60,10 +69,14 @@ class Tokenization:
         add_generation_prompt: bool = True,
         continues_final: bool = False,
         variables: Mapping[str, Any] | None = None,
+        template: str | None = None,
     ) -> list[int]:
         """Token ids of a conversation in the model's template, by default up to where its answer begins.
 
         The arguments are those of ``ChatTemplate.render``.
+
+        Args:
+            template: of the client, instead of the model's.
 
         Raises:
             ChatTemplateError: the model has no template, or its template refuses the conversation.
@@ -75,17 +88,25 @@ class Tokenization:
             "tools": tools,
             "add_generation_prompt": add_generation_prompt,
             "continues_final": continues_final,
-            **(variables or {}),
         }
+        render: Callable[..., str] | None = None
+        if template is not None:
+
+            def render(messages: Sequence[Mapping[str, Any]], **options: Any) -> str:
+                # Variables may have any names, and the template's author need not be shielded from them.
+                return self._request_templates.render(template, messages, {**(variables or {}), **options})
+
+        elif self.tokenizer.chat_template is not None:
+            render = self.tokenizer.chat_template.render
+            options |= variables or {}
 
         def work() -> list[int]:
-            template = self.tokenizer.chat_template
-            if template is not None and num_chars > limit:
+            if render is not None and num_chars > limit:
                 # Written out twice, since templates may trim and drop what they are given.
-                self._refuse_far_too_long(template.render(messages, **options), limit)
-            return self.tokenizer.encode_chat(messages, **options)
+                self._refuse_far_too_long(render(messages, **options), limit)
+            return self.tokenizer.encode_chat(messages, render=render, **options)
 
-        return await self._run(num_chars, work)
+        return await self._run(num_chars, work, None if template is None else self._foreign)
 
     async def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         def work() -> str:
@@ -101,8 +122,9 @@ class Tokenization:
         if len(text) > limit and (num_tokens := self.tokenizer.min_tokens_for(text)) > limit:
             raise TextTooLongError(num_tokens)
 
-    async def _run(self, num_chars: int, work: Callable[[], T]) -> T:
-        lane = self._long if num_chars > _LONG_TEXT_CHARS else self._short
+    async def _run(self, num_chars: int, work: Callable[[], T], lane: ThreadPoolExecutor | None = None) -> T:
+        if lane is None:
+            lane = self._long if num_chars > _LONG_TEXT_CHARS else self._short
         return await asyncio.get_running_loop().run_in_executor(lane, work)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,7 @@ class Tokenizer:
         added_token_ids: tokens beside those of the vocabulary proper, by name: control tokens and others.
         special_token_ids, special_token_names: control tokens: no text of their own, left out of what a
             client sees.
+        named_special_tokens: what chat templates see, such as ``{"bos_token": "<s>"}``.
         chat_template: None if the model has none.
     """
 
@@ -73,6 +74,7 @@ class Tokenizer:
         # By the control tokens that are shown all the same; few sets are ever asked for.
         self._visible_bytes = {frozenset[int](): self._bytes.hiding(self.special_token_ids)}
         self._control_tokens = ControlTokens(spec.backend)
+        self.named_special_tokens = dict(spec.named_special_tokens)
         self.chat_template: ChatTemplate | None = None
         if spec.chat_templates:
             try:
@@ -104,6 +106,7 @@ class Tokenizer:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continues_final: bool = False,
+        render: Callable[..., str] | None = None,
         **variables: Any,
     ) -> list[int]:
         """Token ids of a conversation, written out by the chat template.
@@ -114,21 +117,24 @@ class Tokenizer:
         Args:
             messages: plain JSON values, as in OpenAI's API.
             continues_final: as for ``ChatTemplate.render``.
+            render: takes the place of the template's.
             variables: further names that the template reads (``ChatTemplate.variables``).
 
         Raises:
             ChatTemplateError: there is no template, or it does not take these messages.
             InvalidTextError: lone surrogates in the messages.
         """
-        if self.chat_template is None:
-            raise ChatTemplateError(
-                "The model has no chat template: use /v1/completions, or serve a model that has one."
-            )
+        if render is None:
+            if self.chat_template is None:
+                raise ChatTemplateError(
+                    "The model has no chat template: use /v1/completions, or serve a model that has one."
+                )
+            render = self.chat_template.render
         try:
             # First of all, since JSON's escapes would hide control tokens from the shield.
             messages = [with_parsed_calls(message) for message in messages]
             shield, (messages, tools, variables) = self._control_tokens.shield((messages, tools, variables))
-            text = self.chat_template.render(
+            text = render(
                 messages,
                 tools=tools,
                 add_generation_prompt=add_generation_prompt,

@@ -15,7 +15,7 @@ from scheduler.messages import Request, SamplingParams
 from server.call import Call, Prompt
 from server.candidate_fields import check_candidates, length_penalty, num_candidates
 from server.chat_grammar import ChatGrammars
-from server.chat_prompt import ChatPrompt, ChatPrompts
+from server.chat_prompt import ChatPrompt, ChatPrompts, echoed_text
 from server.chat_template import ChatTemplateError
 from server.completion_prompt import CompletionPrompts
 from server.context import far_too_long, max_tokens_of, prompt_limit, truncated
@@ -62,8 +62,14 @@ class Validator:
         served_model_names: Sequence[str],
         on_unknown_field: Callable[[Path], None],
         formats: ModelFormats | None = None,
+        *,
+        trusts_templates: bool = False,
     ) -> None:
-        """``formats`` are those of the model's answers; None finds them out from its chat template."""
+        """
+        Args:
+            formats: of the model's answers; None finds them out from its chat template.
+            trusts_templates: chat templates of requests are used.
+        """
         self._engine = engine
         self._tokenization = tokenization
         self.structured_output = structured_output
@@ -71,7 +77,7 @@ class Validator:
         self._on_unknown_field = on_unknown_field
         if formats is None:
             formats = model_formats(tokenization.tokenizer.chat_template)
-        self.chat_prompts = ChatPrompts(tokenization, formats)
+        self.chat_prompts = ChatPrompts(tokenization, formats, trusts_templates=trusts_templates)
         self._chat_grammars = ChatGrammars(tokenization.tokenizer, structured_output)
         self._completion_prompts = CompletionPrompts(engine, tokenization)
 
@@ -110,7 +116,7 @@ class Validator:
             await self._chat_grammars.grammar_of(wire, chat),
             arrival=arrival,
             id_prefix=id_prefix,
-            prompts=[Prompt(token_ids)],
+            prompts=[Prompt(token_ids, echoed_text(wire) if wire.echo else None)],
             max_tokens=[max_tokens],
             num_logprobs=(wire.top_logprobs or 0) if wire.logprobs else None,
             continues_prompt=chat.continues_message,
@@ -128,6 +134,8 @@ class Validator:
         except TextTooLongError as error:
             raise far_too_long(error, self._engine.spec, prompt_name) from None
         except (ChatTemplateError, InvalidTextError) as error:
+            if wire.chat_template is not None and isinstance(error, ChatTemplateError):
+                prompt_name = "chat_template"
             raise InvalidRequestError(str(error), param=prompt_name, code="invalid_value") from None
 
     async def completion(self, body: dict[str, Any], num_bytes: int) -> Call:
@@ -317,6 +325,7 @@ class Validator:
             length_penalty=length_penalty(wire),
             num_prompt_logprobs=wire.prompt_logprobs,
             shows_token_ids=bool(wire.return_token_ids),
+            names_tokens_by_id=bool(wire.return_tokens_as_token_ids),
             continues_prompt=continues_prompt,
             echo=echo,
             is_scoring=is_scoring,

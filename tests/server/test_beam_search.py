@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import math
+import time
 
 import pytest
 
@@ -101,7 +102,7 @@ def pruned(prompt: Text, vocab_size: int, width: int, penalty: float, max_tokens
     """Beam search as vLLM describes it, which goes on to the last token whatever has been found."""
 
     def score(entry: tuple[Text, float]) -> float:
-        return entry[1] / (len(prompt) + len(entry[0])) ** penalty
+        return entry[1] / math.pow(len(prompt) + len(entry[0]), penalty)
 
     beams: Found = [((), 0.0)]
     complete: Found = []
@@ -171,9 +172,9 @@ async def test_beams_share_what_they_have_in_common() -> None:
 async def test_its_time_may_be_over() -> None:
     engine = HashingEngine(HashingExecutor(64, 4, vocab_size=9))
     engine.pause = 0.002
-    admission = Admission(ServerConfig(request_timeout=0.05), engine)
-    loop_time = asyncio.get_running_loop().time()
-    requests = [request((1, 2), 100, (), number, arrival=loop_time) for number in range(3)]
+    admission = Admission(ServerConfig(request_timeout=1), engine)
+    began = time.monotonic() - 0.95
+    requests = [request((1, 2), 100, (), number, arrival=began) for number in range(3)]
     with admission.admit(requests):
         with pytest.raises(DeadlineError):
             async for _ in BeamStreams(engine, admission, requests, 3, 1.0).batches():

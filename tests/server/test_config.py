@@ -56,6 +56,7 @@ def test_every_setting_has_a_flag_and_a_variable(tmp_path: Path) -> None:
         "responses_db": ("/data/responses.db", "/data/responses.db"),
         "max_body_bytes": ("1MiB", 2**20),
         "strict_fields": ("on", True),
+        "trust_request_chat_template": ("on", True),
         "metrics_prefix": ("vllm:", "vllm"),
         "chat_page": ("off", "off"),
         "api_workers": ("3", 3),

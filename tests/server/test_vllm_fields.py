@@ -135,3 +135,47 @@ async def test_a_text_without_special_tokens(tokenizer: Tokenizer) -> None:
     await _post(engine, tokenizer, TEXT, add_special_tokens=False, spaces_between_special_tokens=False)
     expected = tokenizer.encode("One two three", add_special_tokens=False)
     assert engine.requests[0].prompt_token_ids == tuple(expected)
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+async def test_tokens_called_by_their_ids(tokenizer: Tokenizer, path: str) -> None:
+    def script(request: Request) -> list[EngineOutput]:
+        record = TokenLogprobs(5, -0.5, 1, ((5, -0.5), (11, -2.0)))
+        return [EngineOutput(request.request_id, (5,), (record,), finish_reason=FinishReason.LENGTH)]
+
+    fields: dict[str, Any] = {"logprobs": True, "top_logprobs": 2} if path == CHAT else {"logprobs": 2}
+    answer = await _post(ScriptedEngine(script), tokenizer, path, return_tokens_as_token_ids=True, **fields)
+    shown = answer["choices"][0]["logprobs"]
+    if path == CHAT:
+        [token] = shown["content"]
+        assert (token["token"], bytes(token["bytes"])) == ("token_id:5", tokenizer.token_bytes(5))
+        assert [top["token"] for top in token["top_logprobs"]] == ["token_id:5", "token_id:11"]
+    else:
+        assert shown["tokens"] == ["token_id:5"]
+        assert shown["top_logprobs"] == [{"token_id:5": -0.5, "token_id:11": -2.0}]
+
+
+@pytest.mark.parametrize(
+    ("role", "fields", "echoed"),
+    [
+        ("user", {}, ""),
+        ("user", {"add_generation_prompt": False}, "The sky is"),
+        ("assistant", {}, "The sky is"),
+        ("assistant", {"add_generation_prompt": False, "continue_final_message": True}, "The sky is"),
+    ],
+)
+async def test_a_chat_that_echoes_its_last_message(
+    tokenizer: Tokenizer, role: str, fields: dict[str, Any], echoed: str
+) -> None:
+    ids = tokenizer.encode(" blue")
+    content = [{"type": "text", "text": "The sky is"}]
+    fields = {"messages": [{"role": role, "content": content}], "echo": True, "n": 2, **fields}
+    whole = await _post(ScriptedEngine(tokens(ids)), tokenizer, CHAT, **fields)
+    expected = echoed + tokenizer.decode(ids)
+    assert [choice["message"]["content"] for choice in whole["choices"]] == [expected] * 2
+    assert whole["usage"]["completion_tokens"] == 2 * len(ids)
+    chunks = await _post(ScriptedEngine(tokens(ids)), tokenizer, CHAT, stream=True, **fields)
+    for index in range(2):
+        deltas = [chunk["choices"][0]["delta"] for chunk in chunks if chunk["choices"][0]["index"] == index]
+        assert "".join(delta.get("content", "") for delta in deltas) == expected
+        assert deltas[0] == {"role": "assistant", "content": ""}
