@@ -39,17 +39,26 @@ def dashboard_expressions() -> Iterator[str]:
             yield expression
 
 
-@pytest.fixture(scope="module")
-def served_names() -> set[str]:
-    """Every series that a server shows after a request."""
+def shown_by(prefix: str) -> dict[str, str]:
+    """Every series that a server shows after a request: its type, and one of its lines."""
     engine = ScriptedEngine(lambda request: ())
-    metrics = Metrics("inflightd", "m", engine, Admission(ServerConfig(), engine))
+    metrics = Metrics(prefix, "m", engine, Admission(ServerConfig(), engine))
     timer = RequestTimer(metrics, Request("r", (1, 2, 3), SamplingParams(max_tokens=2)))
     for now in (1.0, 2.0):
         timer.observe(EngineOutput("r", (7,)), now)
     timer.finish(FinishReason.LENGTH, 2.0)
-    page = metrics.text().decode()
-    return {re.split("[{ ]", line)[0] for line in page.splitlines() if not line.startswith("#")}
+    shown, kind = {}, ""
+    for line in metrics.text().decode().splitlines():
+        if line.startswith("# TYPE"):
+            kind = line.split()[-1]
+        elif not line.startswith("#"):
+            shown[re.split("[{ ]", line)[0]] = f"{kind} {line}"
+    return shown
+
+
+@pytest.fixture(scope="module")
+def served_names() -> set[str]:
+    return set(shown_by("inflightd"))
 
 
 @pytest.mark.parametrize("expression", [*alert_expressions(), *dashboard_expressions()])
