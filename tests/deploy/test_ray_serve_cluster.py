@@ -164,8 +164,8 @@ def _text(stream: bytes) -> str:
     for event in stream.decode().removesuffix("\n\n").split("\n\n"):
         if event.startswith(":") or event == "data: [DONE]":
             continue
-        (choice,) = json.loads(event.removeprefix("data: "))["choices"]
-        text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+        for choice in json.loads(event.removeprefix("data: "))["choices"]:
+            text += choice.get("text") or choice.get("delta", {}).get("content") or ""
     return text
 
 
@@ -173,7 +173,8 @@ def _client(cluster: Cluster) -> httpx.AsyncClient:
     return httpx.AsyncClient(base_url=cluster.url, timeout=120)
 
 
-async def test_a_stream_is_the_daemons_byte_for_byte(cluster: Cluster) -> None:
+async def test_a_stream_is_the_daemons(cluster: Cluster) -> None:
+    """But for how many tokens share a chunk, which is a matter of time."""
     path = next(iter(daemons().values()))
     body = _body("Once upon a time", request_id="same", stream_options={"include_usage": True})
     transport = httpx.AsyncHTTPTransport(uds=str(path))
@@ -183,22 +184,25 @@ async def test_a_stream_is_the_daemons_byte_for_byte(cluster: Cluster) -> None:
     ):
         through = await _whole(client, "/v1/completions", body)
         direct = await _whole(daemon, "/v1/completions", body)
+    assert _text(through) == _text(direct)
 
-    def varying(stream: bytes) -> bytes:
-        return re.sub(rb'"(created|cached_tokens)":\d+', b"", stream)
+    def shape(stream: bytes) -> list[bytes]:
+        """What the events are besides their texts."""
+        varying = rb'"(created|cached_tokens)":\d+|(?<="text":)"(\\.|[^"\\])*"'
+        events = re.sub(varying, b"", stream).split(b"\n\n")
+        return [event for index, event in enumerate(events) if index == 0 or event != events[index - 1]]
 
-    assert varying(through) == varying(direct)
-    assert through.endswith(b"data: [DONE]\n\n")
+    assert shape(through) == shape(direct)
 
 
 async def test_a_prefix_stays_at_its_replica(cluster: Cluster) -> None:
-    system = "You are the assistant of a small shop that sells tea. " * 12
+    system = "You are the assistant of a small shop that sells tea. " * 24
     async with _client(cluster) as client:
-        for question in ("Hello", "Do you have green tea?", "And black tea?"):
+        for question in ("Hello", "Do you have green tea?", "And black tea?", "Thanks"):
             messages = [{"role": "system", "content": system}, {"role": "user", "content": question}]
             answer = await client.post("/v1/chat/completions", json={"messages": messages, "max_tokens": 2})
             cached = answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
-    assert cached > 100
+            assert cached > 200 or question == "Hello"
 
 
 async def test_a_client_that_goes_frees_the_engine(cluster: Cluster) -> None:
