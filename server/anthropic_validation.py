@@ -22,7 +22,7 @@ from server.anthropic_protocol import (
 from server.call import Call
 from server.conversation import Conversation, chat_request
 from server.errors import InvalidRequestError
-from server.protocol import MAX_PROMPT_TOKENS
+from server.protocol import INT32_MAX, MAX_PROMPT_TOKENS
 from server.validation import Validator
 
 _TOOL_CHOICES = {"auto": "auto", "any": "required", "none": "none"}
@@ -40,9 +40,18 @@ async def messages_call(wire: MessagesRequest, validator: Validator) -> Call:
             "temperature": wire.temperature,
             "top_p": wire.top_p,
             "top_k": wire.top_k,
+            "thinking_token_budget": _thinking_budget(wire) if validator.bounds_thinking else None,
         }
     )
     return await validator.chat_of(chat, arrival, id_prefix="msg_")
+
+
+def _thinking_budget(wire: MessagesRequest) -> int | None:
+    """Tokens that thoughts may take."""
+    thinking = wire.thinking
+    if thinking is None or thinking.type != "enabled" or thinking.budget_tokens is None:
+        return None
+    return min(thinking.budget_tokens, INT32_MAX)
 
 
 async def count_tokens(wire: PromptFields, validator: Validator) -> int:

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 from server.chat_prompt import ChatPrompt
 from server.errors import UnsupportedParameterError
+from server.parsing.formats import ReasoningFormat
 from server.parsing.output_parser import OutputSyntax
 from server.protocol import ChatCompletionRequest
 from server.structured_output import Constraint, StructuredOutput
@@ -51,6 +52,10 @@ class ChatGrammars:
             constraint = replace(answer, make=lambda: _joined(text, make()))
         return await self._structured_output.checked(constraint)
 
+    def can_bound(self, reasoning: ReasoningFormat | None) -> bool:
+        """Whether thoughts in this format can have a budget: one token must end them."""
+        return reasoning is not None and reasoning.end in self._tokenizer.added_token_ids
+
     def _tokens(self, syntax: OutputSyntax, budget: int | None) -> dict[str, int]:
         tokens = self._tokenizer.added_token_ids
         known = {
@@ -60,7 +65,7 @@ class ChatGrammars:
         }
         if budget is not None:
             end = None if syntax.reasoning is None else syntax.reasoning.end
-            if end not in tokens:
+            if end is None or not self.can_bound(syntax.reasoning):
                 reason = "does not think aloud" if end is None else f"has no token for {end!r}"
                 raise UnsupportedParameterError(
                     f"'thinking_token_budget' is not supported: this model {reason}. Leave it out.",

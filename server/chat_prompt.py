@@ -47,7 +47,11 @@ class ChatPrompt:
 
 
 class ChatPrompts:
-    """Writes chats out for one model."""
+    """Writes chats out for one model.
+
+    Attributes:
+        formats: how the model writes calls and reasoning.
+    """
 
     def __init__(
         self, tokenization: Tokenization, formats: ModelFormats, *, trusts_templates: bool = False
@@ -55,7 +59,7 @@ class ChatPrompts:
         """``trusts_templates``: those that come with requests are used."""
         self._trusts_templates = trusts_templates
         self._tokenization = tokenization
-        self._formats = formats
+        self.formats = formats
 
     async def prompt_of(self, wire: ChatPromptFields, limit: int) -> ChatPrompt:
         """The prompt of a chat, maybe a few tokens longer than ``limit``.
@@ -77,7 +81,7 @@ class ChatPrompts:
                 param="continue_final_message",
                 code="invalid_value",
             )
-        formats, choice = self._formats, tool_choice(wire)
+        formats, choice = self.formats, tool_choice(wire)
         if choice.tools and formats.tools is None and choice.is_required:
             raise UnsupportedParameterError(
                 "'tool_choice' cannot be honoured: this server was started with --tool-call-parser none.",
@@ -136,8 +140,8 @@ class ChatPrompts:
     def _call_id(self, call_id: str) -> str:
         """An id that the template takes: Mistral's only take nine letters and digits."""
         if (
-            self._formats.tools is None
-            or self._formats.tools.name != MISTRAL.name
+            self.formats.tools is None
+            or self.formats.tools.name != MISTRAL.name
             or (len(call_id) == _SHORT_ID_CHARS and call_id.isascii() and call_id.isalnum())
         ):
             return call_id
@@ -174,7 +178,7 @@ class ChatPrompts:
     def _syntax(
         self, wire: ChatPromptFields, choice: ToolChoice, token_ids: list[int]
     ) -> OutputSyntax | None:
-        formats = self._formats
+        formats = self.formats
         tools = formats.tools if choice.tools else None
         reasoning = formats.reasoning
         if tools is None and reasoning is None:

@@ -212,6 +212,7 @@ class ResponsesRequest(ModelFields):
     parallel_tool_calls: bool | None = None
     text: TextConfig | None = None
     reasoning: Reasoning | None = None
+    thinking_token_budget: Annotated[int, Field(ge=1, le=INT32_MAX)] | None = None
     metadata: Annotated[dict[str, str], AfterValidator(_few_short_pairs)] | None = None
     store: bool | None = None
     stream: bool | None = None

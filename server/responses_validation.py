@@ -111,6 +111,7 @@ async def _chat(
             "parallel_tool_calls": wire.parallel_tool_calls if tools else None,
             "response_format": _response_format(wire),
             "reasoning_effort": None if wire.reasoning is None else wire.reasoning.effort,
+            "thinking_token_budget": wire.thinking_token_budget,
             "stream": wire.stream,
             "priority": wire.priority,
             "cache_salt": wire.cache_salt,

@@ -81,6 +81,11 @@ class Validator:
         self._chat_grammars = ChatGrammars(tokenization.tokenizer, structured_output)
         self._completion_prompts = CompletionPrompts(engine, tokenization)
 
+    @property
+    def bounds_thinking(self) -> bool:
+        """Whether the model's thoughts can be ended after some number of tokens."""
+        return self._chat_grammars.can_bound(self.chat_prompts.formats.reasoning)
+
     async def chat(self, body: dict[str, Any], num_bytes: int) -> Call:
         """A call of ``/v1/chat/completions``. Raises ApiError."""
         arrival = time.monotonic()

@@ -99,3 +99,52 @@ async def test_a_budget_needs_a_token_that_ends_the_reasoning(thinking: Tokenize
         finally:
             del thinking.added_token_ids["</think>"]
         assert response.status_code == 200
+
+
+@pytest.fixture
+def bounded(thinking: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> Tokenizer:
+    """One of this model's control tokens plays the end of the reasoning."""
+    monkeypatch.setitem(thinking.added_token_ids, "</think>", 3)
+    return thinking
+
+
+@pytest.mark.parametrize(
+    ("path", "fields"),
+    [
+        (
+            "/v1/messages",
+            {
+                "messages": [{"role": "user", "content": "Hi"}],
+                "max_tokens": 50,
+                "thinking": {"type": "enabled", "budget_tokens": 5},
+            },
+        ),
+        ("/v1/responses", {"input": "Hi", "thinking_token_budget": 5}),
+        ("/v1/chat/completions", chat(thinking_token_budget=5)),
+    ],
+)
+async def test_every_chat_api_has_a_budget(bounded: Tokenizer, path: str, fields: dict[str, Any]) -> None:
+    engine = ScriptedEngine(tokens([5]))
+    async with api(engine, bounded) as client:
+        response = await client.post(path, json=fields)
+    assert response.status_code == 200, response.text
+    assert "[max_tokens=5]" in (engine.requests[0].grammar or "")
+
+
+@pytest.mark.parametrize("switch", [{"type": "disabled", "budget_tokens": 5}, {"type": "adaptive"}])
+async def test_messages_without_a_budget(bounded: Tokenizer, switch: dict[str, Any]) -> None:
+    engine = ScriptedEngine(tokens([5]))
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50, "thinking": switch}
+    async with api(engine, bounded) as client:
+        assert (await client.post("/v1/messages", json=body)).status_code == 200
+    assert engine.requests[0].grammar is None
+
+
+async def test_a_budget_for_a_model_that_does_not_think(tokenizer: Tokenizer) -> None:
+    body = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 50}
+    body["thinking"] = {"type": "enabled", "budget_tokens": 1024}
+    async with api(ScriptedEngine(tokens([5])), tokenizer) as client:
+        assert (await client.post("/v1/messages", json=body)).status_code == 200
+        refused = await client.post("/v1/responses", json={"input": "Hi", "thinking_token_budget": 5})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "thinking_token_budget"
