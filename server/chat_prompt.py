@@ -198,6 +198,7 @@ class ChatPrompts:
             choice.max_calls,
             is_reasoning,
             keeps_reasoning=wire.include_reasoning is not False,
+            argument_types=choice.argument_types if tools is not None and tools.writing.argument else {},
         )
 
 

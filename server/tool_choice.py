@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from server.errors import InvalidRequestError, excerpt
+from server.parsing.argument_types import ArgumentTypes, types_of_arguments
 from server.protocol import ChatPromptFields, NamedToolChoice
 
 
@@ -27,6 +28,12 @@ class ToolChoice:
     @property
     def names(self) -> frozenset[str]:
         return frozenset(tool["function"]["name"] for tool in self.tools)
+
+    @property
+    def argument_types(self) -> ArgumentTypes:
+        """The types of the tools' arguments, as far as their schemas tell."""
+        functions = [tool["function"] for tool in self.tools]
+        return {each["name"]: types_of_arguments(each.get("parameters") or {}) for each in functions}
 
 
 def tool_choice(wire: ChatPromptFields) -> ToolChoice:

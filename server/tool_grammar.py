@@ -12,7 +12,8 @@ from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
-from server.parsing.call_writing import CallWriting
+from server.parsing.argument_types import referred, types_of
+from server.parsing.call_writing import ArgumentWriting, CallWriting
 from server.parsing.formats import HARMONY, HARMONY_REASONING, ReasoningFormat, ToolFormat
 from server.parsing.output_parser import OutputSyntax
 from server.tool_choice import ToolChoice
@@ -22,6 +23,8 @@ MAX_REQUIRED_CALLS = 16
 ANSWER = "answer"
 # Between the parts of JSON, for the same reason.
 _WHITESPACE = r" |\n[ \t]{0,40}"
+# Longer strings are not counted: a grammar of them takes long to follow.
+_MAX_COUNTED_CHARS = 2000
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -139,10 +142,51 @@ class _Grammar:
         is_strict = bool(function.get("strict"))
         if writing.has_keywords:
             arguments = _keywords(schema, is_strict=is_strict)
+        elif writing.argument is not None:
+            arguments = self._arguments(schema, writing.argument, is_strict=is_strict)
         else:
             arguments = _json(schema, is_strict=is_strict)
         head = self._text(f"{writing.before_name}{function['name']}{writing.before_arguments}")
         return f"{head} {arguments} {self._text(writing.after_arguments)}"
+
+    def _arguments(self, schema: Mapping[str, Any], writing: ArgumentWriting, *, is_strict: bool) -> str:
+        """Arguments one after the other, in the order of the schema; of those not required, any."""
+        properties, required = schema.get("properties"), schema.get("required")
+        if not isinstance(properties, Mapping):
+            return ""
+        parts = []
+        for name, value in properties.items():
+            head = self._text(f"{writing.before_name}{name}{writing.before_value}")
+            part = f"{head} {self._unquoted(value, schema, writing.after_value, is_strict=is_strict)}"
+            parts.append(part if isinstance(required, list) and name in required else f"({part})?")
+        return " ".join(parts)
+
+    def _unquoted(self, schema: Any, root: Mapping[str, Any], end: str, *, is_strict: bool) -> str:
+        """A value whose strings have no quotes, and the text that ends it.
+
+        Of strings, ``enum``, ``const`` and ``maxLength`` are kept to; other values are JSON.
+        """
+        types = types_of(schema, root)
+        if not isinstance(schema, Mapping):
+            schema = {}
+        elif isinstance(reference := schema.get("$ref"), str):  # as of an enumeration in Python
+            target = referred(reference, root)
+            schema = target if isinstance(target, Mapping) else {}
+        values = schema.get("enum", [schema["const"]] if "const" in schema else None)
+        if isinstance(values, list) and values:
+            texts = [value if isinstance(value, str) else json.dumps(value) for value in values]
+            return f"({' | '.join(map(json.dumps, texts))}) {self._text(end)}"
+        if types and "string" not in types:
+            shared = {name: root[name] for name in ("$defs", "definitions") if name in root}
+            return f"{_value(schema, shared, is_strict=is_strict)} {self._text(end)}"
+        longest = schema.get("maxLength")
+        is_bounded = isinstance(longest, int) and 0 <= longest <= _MAX_COUNTED_CHARS
+        text = rf"/(.|\n){{0,{longest}}}/" if is_bounded else "TEXT"
+        if any(name in end for name in self._tokens):
+            return f"{text} {self._text(end)}"
+        rule = f"value_{len(self._rules)}"
+        self._rules.append(f"{rule}[lazy]: {text} {_quoted(end)}")
+        return rule
 
     def _text(self, text: str) -> str:
         """Literal text, in which control tokens are what they are."""

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
+from server.parsing.argument_types import ArgumentTypes
 from server.parsing.emitter import Emitter
 from server.parsing.json_text import JsonText, decoded_string, string_rest
 from server.parsing.text_input import Step, TextInput
@@ -31,9 +32,16 @@ class CallSink:
         has_begun: its name is known, and is one that may be called.
     """
 
-    def __init__(self, out: Emitter, names: frozenset[str] | None, on_begin: Callable[[], object]) -> None:
+    def __init__(
+        self,
+        out: Emitter,
+        names: frozenset[str] | None,
+        on_begin: Callable[[], object],
+        types: ArgumentTypes | None = None,
+    ) -> None:
         """``names`` are those that may be called; None takes any."""
         self._out = out
+        self._types = types or {}
         self.names = names
         self._on_begin = on_begin
         self._early: list[str] = []  # arguments that came before the name
@@ -52,6 +60,10 @@ class CallSink:
             for text in self._early:
                 self._out.arguments(text)
         return True
+
+    def types_of(self, name: str) -> Mapping[str, frozenset[str]]:
+        """The types of a function's arguments, as far as they are known."""
+        return self._types.get(name, {})
 
     @property
     def has_arguments(self) -> bool:

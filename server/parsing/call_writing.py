@@ -7,6 +7,15 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
+class ArgumentWriting:
+    """The fixed text around the name and the value of an argument whose strings have no quotes."""
+
+    before_name: str
+    before_value: str
+    after_value: str
+
+
+@dataclass(frozen=True)
 class CallWriting:
     """The fixed text around names and arguments.
 
@@ -16,6 +25,7 @@ class CallWriting:
         between: two calls; None if an answer has one at most.
         is_plain_alone: a single call has neither ``begin`` nor ``end``.
         has_keywords: arguments are ``name=value, ...`` rather than a JSON object.
+        argument: arguments are written one after the other in this way.
     """
 
     before_name: str
@@ -26,6 +36,7 @@ class CallWriting:
     between: str | None = ""
     is_plain_alone: bool = False
     has_keywords: bool = False
+    argument: ArgumentWriting | None = None
 
     def written(self, calls: Sequence[tuple[str, str]]) -> str:
         """Calls, as (name, arguments) pairs whose arguments are in the format's own form."""

@@ -5,21 +5,29 @@ from __future__ import annotations
 from server.parsing.formats import (
     DEEPSEEK,
     DEEPSEEK_BLOCKS,
+    GLM45,
     HARMONY,
     HARMONY_REASONING,
     HERMES,
     LLAMA3_JSON,
+    MINIMAX_M2,
     MISTRAL,
     MISTRAL_NAMED,
     PYTHONIC,
     PYTHONIC_MARKED,
+    QWEN3_CODER,
     REASONING_FORMATS,
     ReasoningFormat,
     ToolFormat,
 )
 
-# Formats that look like others but have XML inside, which no parser here reads.
-_XML_CALLS = ("<function=", "<arg_key>", "<parameter=", "<parameter name=", "<invoke")
+_XML_FORMATS = (
+    (QWEN3_CODER, ("<tool_call>", "<function=", "<parameter=")),
+    (GLM45, ("<tool_call>", "<arg_key>", "<arg_value>")),
+    (MINIMAX_M2, ("<minimax:tool_call>", "<invoke name=", "<parameter name=")),
+)
+# Formats that look like others but have tags inside that no parser here reads.
+_UNKNOWN_TAGS = ("<function=", "<arg_key>", "<parameter=", "<parameter name=", "<invoke")
 
 
 def tool_format_of(template: str) -> ToolFormat | None:
@@ -30,7 +38,10 @@ def tool_format_of(template: str) -> ToolFormat | None:
         return DEEPSEEK_BLOCKS if "```json" in template else DEEPSEEK
     if "[TOOL_CALLS]" in template:
         return MISTRAL_NAMED if "[ARGS]" in template else MISTRAL
-    if any(each in template for each in _XML_CALLS):
+    for format_, tags in _XML_FORMATS:
+        if all(tag in template for tag in tags):
+            return format_
+    if any(tag in template for tag in _UNKNOWN_TAGS):
         return None
     if "<tool_call>" in template:
         return HERMES

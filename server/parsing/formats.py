@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from server.parsing.call_syntax import CallSyntax, DeepSeekCalls, JsonCalls, MistralCalls
-from server.parsing.call_writing import CallWriting
+from server.parsing.call_writing import ArgumentWriting, CallWriting
 from server.parsing.python_calls import PythonCalls
+from server.parsing.xml_calls import CallTags, XmlCalls
 
 
 def _call_id() -> str:
@@ -125,6 +126,56 @@ DEEPSEEK_BLOCKS = replace(
         "\n",
     ),
 )
+QWEN3_CODER = ToolFormat(
+    "qwen3_coder",
+    XmlCalls(
+        CallTags(
+            "<function=", ">", "<parameter=", ">", "", "</parameter>", ("</function>",),
+            has_lines=True, announces_itself=True,
+        ),
+        "</tool_call>",
+    ),
+    CallWriting(
+        "<tool_call>\n<function=",
+        ">\n",
+        "</function>\n</tool_call>",
+        between="\n",
+        argument=ArgumentWriting("<parameter=", ">\n", "\n</parameter>\n"),
+    ),
+    ("<tool_call>", "<function="),
+    ("</tool_call>",),
+)  # fmt: skip
+GLM45 = ToolFormat(
+    "glm45",
+    XmlCalls(CallTags("", "", "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", ()), "</tool_call>"),
+    CallWriting(
+        "<tool_call>",
+        "\n",
+        "</tool_call>",
+        between="\n",
+        argument=ArgumentWriting("<arg_key>", "</arg_key>\n<arg_value>", "</arg_value>\n"),
+    ),
+    ("<tool_call>",),
+    ("</tool_call>",),
+    ("<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"),
+)
+MINIMAX_M2 = ToolFormat(
+    "minimax_m2",
+    XmlCalls(
+        CallTags('<invoke name="', '">', '<parameter name="', '">', "", "</parameter>", ("</invoke>",)),
+        "</minimax:tool_call>",
+    ),
+    CallWriting(
+        '<invoke name="',
+        '">\n',
+        "</invoke>\n",
+        "<minimax:tool_call>\n",
+        "</minimax:tool_call>",
+        argument=ArgumentWriting('<parameter name="', '">', "</parameter>\n"),
+    ),
+    ("<minimax:tool_call>",),
+    ("</minimax:tool_call>",),
+)
 JSON = ToolFormat("json", JsonCalls(), _PLAIN_JSON, is_bare=True)
 # What lies between the markers is read by a parser of its own.
 HARMONY = ToolFormat(
@@ -140,7 +191,12 @@ SEED_THINK = ReasoningFormat("seed", "<seed:think>", "</seed:think>")
 HARMONY_REASONING = ReasoningFormat("harmony", "<|channel|>analysis<|message|>", "<|end|>")
 
 AUTO, NONE = "auto", "none"
-TOOL_FORMATS = {each.name: each for each in (HERMES, LLAMA3_JSON, MISTRAL, PYTHONIC, DEEPSEEK, JSON, HARMONY)}
+TOOL_FORMATS = {
+    each.name: each
+    for each in (
+        HERMES, LLAMA3_JSON, MISTRAL, PYTHONIC, DEEPSEEK, QWEN3_CODER, GLM45, MINIMAX_M2, JSON, HARMONY,
+    )
+}  # fmt: skip
 REASONING_FORMATS = {each.name: each for each in (THINK, MISTRAL_THINK, SEED_THINK, HARMONY_REASONING)}
 # What the operator may say.
 TOOL_PARSERS = (AUTO, NONE, *TOOL_FORMATS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from server.parsing.argument_types import ArgumentTypes
 from server.parsing.call_syntax import CallSink
 from server.parsing.emitter import Emitter
 from server.parsing.formats import ReasoningFormat, ToolFormat
@@ -27,11 +28,13 @@ class MarkupParser:
         tool_names: frozenset[str],
         *,
         is_reasoning: bool,
+        argument_types: ArgumentTypes | None = None,
     ) -> None:
         """``is_reasoning``: the prompt has opened the reasoning already."""
         self._tools = tools
         self._reasoning = reasoning
         self._tool_names = tool_names
+        self._argument_types = argument_types
         self._is_reasoning = is_reasoning
         self._num_rejected = 0  # letters at the beginning of the text in which no call is looked for again
         texts = (*(tools.markers if tools else ()), *(reasoning.markers if reasoning else ()))
@@ -71,7 +74,7 @@ class MarkupParser:
     ) -> Step[None]:
         while True:
             text.record()
-            call = CallSink(out, names, text.stop_recording)
+            call = CallSink(out, names, text.stop_recording, self._argument_types)
             yield from tools.syntax.read(text, call)
             if not call.has_begun:
                 self._num_rejected = text.offset

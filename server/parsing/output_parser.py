@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from server.parsing.argument_types import ArgumentTypes
 from server.parsing.deltas import Delta
 from server.parsing.emitter import Emitter
 from server.parsing.formats import HARMONY, HARMONY_REASONING, JSON, ReasoningFormat, ToolFormat
@@ -30,7 +31,13 @@ class OutputParser:
         if tools is HARMONY or reasoning is HARMONY_REASONING:
             parser = HarmonyParser(has_tools=tools is not None)
         else:
-            parser = MarkupParser(tools, reasoning, syntax.tool_names, is_reasoning=syntax.is_reasoning)
+            parser = MarkupParser(
+                tools,
+                reasoning,
+                syntax.tool_names,
+                is_reasoning=syntax.is_reasoning,
+                argument_types=syntax.argument_types,
+            )
         self._steps = parser.parse(self._text, self._out)
         self._is_finished = False
         next(self._steps)
@@ -73,6 +80,7 @@ class OutputSyntax:
         max_calls: calls after so many are left out; None keeps all.
         is_reasoning: whether the prompt ends inside of the reasoning.
         keeps_reasoning: False leaves the reasoning out of the deltas.
+        argument_types: for formats that write strings without quotes.
     """
 
     tools: ToolFormat | None = None
@@ -81,6 +89,7 @@ class OutputSyntax:
     max_calls: int | None = None
     is_reasoning: bool = False
     keeps_reasoning: bool = True
+    argument_types: ArgumentTypes = field(default_factory=dict)
 
     @property
     def markers(self) -> frozenset[str]:

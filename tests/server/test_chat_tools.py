@@ -204,6 +204,17 @@ async def test_reasoning_that_the_prompt_has_opened(
     assert answer["choices"][0]["message"]["reasoning_content"] == "Hm."
 
 
+async def test_the_schema_says_what_values_without_quotes_are(tokenizer: Tokenizer) -> None:
+    text = (
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\n75001\n</parameter>\n"
+        "<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>"
+    )
+    config = ServerConfig(tool_call_parser="qwen3_coder")
+    answer = await _whole(_saying(tokenizer, text), tokenizer, config, tools=[WEATHER])
+    [call] = answer["choices"][0]["message"]["tool_calls"]
+    assert json.loads(call["function"]["arguments"]) == {"city": "75001", "days": 3}
+
+
 async def test_reasoning_is_left_where_it_is(thinking: Tokenizer) -> None:
     config = ServerConfig(reasoning_parser="none", tool_call_parser="none")
     answer = await _whole(_saying(thinking, f"<think>{HERMES_CALL}"), thinking, config, tools=[WEATHER])

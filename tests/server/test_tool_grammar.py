@@ -10,19 +10,23 @@ import llguidance
 import pytest
 import tokenizers
 
+from server.parsing.call_writing import ArgumentWriting
 from server.parsing.deltas import collected
 from server.parsing.formats import (
     DEEPSEEK,
     DEEPSEEK_BLOCKS,
+    GLM45,
     HARMONY,
     HARMONY_REASONING,
     HERMES,
     JSON,
     LLAMA3_JSON,
+    MINIMAX_M2,
     MISTRAL,
     MISTRAL_NAMED,
     PYTHONIC,
     PYTHONIC_MARKED,
+    QWEN3_CODER,
     THINK,
     ToolFormat,
 )
@@ -33,11 +37,18 @@ from server.tool_grammar import tool_grammar
 
 ALL = [
     HERMES, LLAMA3_JSON, MISTRAL, MISTRAL_NAMED, PYTHONIC, PYTHONIC_MARKED, DEEPSEEK, DEEPSEEK_BLOCKS, JSON,
-    HARMONY,
+    HARMONY, QWEN3_CODER, GLM45, MINIMAX_M2,
 ]  # fmt: skip
 FORMATS = pytest.mark.parametrize("tools", ALL, ids=lambda each: f"{each.name}-{ALL.index(each)}")
 CONTROL = frozenset(
-    (*MISTRAL.markers, *DEEPSEEK.markers, *HARMONY.markers, *PYTHONIC.markers, *THINK.markers)
+    (
+        *MISTRAL.markers,
+        *DEEPSEEK.markers,
+        *HARMONY.markers,
+        *PYTHONIC.markers,
+        *THINK.markers,
+        *GLM45.others,
+    )
 )
 
 
@@ -98,7 +109,16 @@ def _written(tools: ToolFormat, *calls: tuple[str, str]) -> str:
             (name, ", ".join(f"{key}={json.dumps(value)}" for key, value in given.items()))
             for name, given in values
         )
+    if (tags := tools.writing.argument) is not None:
+        calls = tuple((name, _in_tags(tags, json.loads(arguments))) for name, arguments in calls)
     return tools.writing.written(calls)
+
+
+def _in_tags(tags: ArgumentWriting, given: Mapping[str, Any]) -> str:
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    return "".join(
+        f"{tags.before_name}{name}{tags.before_value}{text}{tags.after_value}" for name, text in texts.items()
+    )
 
 
 PARIS = ("get_weather", '{"city": "Paris"}')
@@ -124,7 +144,7 @@ def test_what_is_required_is_written_and_read(follower: Follower, tools: ToolFor
     for calls in (
         [("fly", "{}")],
         [("get_weather", "{}")],
-        [("get_weather", '{"city": 5}')],
+        [("get_weather", '{"city": "Paris", "days": "x"}' if tools.writing.argument else '{"city": 5}')],
         [("get_weather", '{"city": "Paris", "more": 5}')],
     ):
         assert not follower.takes(grammar, _written(tools, *calls)), calls
@@ -206,3 +226,25 @@ def test_a_budget_where_the_end_is_no_control_token(tokenizer: Tokenizer) -> Non
     assert follower.takes(grammar, "one two three</think>four five six seven eight nine")
     assert follower.takes(grammar, "one two three four five</think>six")
     assert not follower.takes(grammar, "one two three four five six</think>")
+
+
+TAGGED = pytest.mark.parametrize("tools", [QWEN3_CODER, GLM45, MINIMAX_M2], ids=lambda each: each.name)
+
+
+@TAGGED
+def test_values_without_quotes_keep_to_their_schemas(follower: Follower, tools: ToolFormat) -> None:
+    unit = {"$ref": "#/$defs/Unit"}
+    properties = {
+        "text": {"type": "string", "maxLength": 12},
+        "unit": unit,
+        "count": {"anyOf": [{"type": "integer"}, {"type": "null"}]},
+        "list": {"type": "array", "items": unit},
+    }
+    tool = _tool("f", properties, ["text", "unit", "count"])
+    tool["function"]["parameters"]["$defs"] = {"Unit": {"enum": ["C", "F"], "type": "string"}}
+    grammar = _grammar(follower, ToolChoice((tool,), is_required=True), OutputSyntax(tools))
+    good = {"text": 'a\n"<b>" 5', "unit": "C", "count": 3}
+    for more in ({}, {"count": None}, {"text": ""}, {"list": ["C"]}):
+        assert follower.takes(grammar, _written(tools, ("f", json.dumps(good | more)))), more
+    for more in ({"text": "more than that"}, {"unit": "K"}, {"count": "x"}, {"list": ["K"]}, {"other": 1}):
+        assert not follower.takes(grammar, _written(tools, ("f", json.dumps(good | more)))), more

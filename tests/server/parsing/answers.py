@@ -7,14 +7,17 @@ from dataclasses import dataclass
 from server.parsing.deltas import ParsedAnswer, ToolCall
 from server.parsing.formats import (
     DEEPSEEK,
+    GLM45,
     HARMONY,
     HARMONY_REASONING,
     HERMES,
     JSON,
     LLAMA3_JSON,
+    MINIMAX_M2,
     MISTRAL,
     MISTRAL_THINK,
     PYTHONIC,
+    QWEN3_CODER,
     THINK,
 )
 from server.parsing.output_parser import OutputSyntax
@@ -49,6 +52,20 @@ _LLAMA = _syntax(LLAMA3_JSON)
 _MISTRAL = _syntax(MISTRAL, MISTRAL_THINK)
 _PYTHON = _syntax(PYTHONIC, THINK)
 _DEEPSEEK = _syntax(DEEPSEEK, THINK)
+# Of a function, as its schema tells; ``free`` and the arguments of others are unknown.
+TYPES = {
+    "get_weather": {
+        "city": frozenset({"string"}),
+        "days": frozenset({"integer"}),
+        "ok": frozenset({"boolean"}),
+        "at": frozenset({"object"}),
+        "unit": frozenset({"string", "null"}),
+        "share": frozenset({"number", "string"}),
+    }
+}
+_QWEN = _syntax(QWEN3_CODER, THINK, argument_types=TYPES)
+_GLM = _syntax(GLM45, THINK, argument_types=TYPES)
+_MINIMAX = _syntax(MINIMAX_M2, THINK, argument_types=TYPES)
 _JSON = _syntax(JSON)
 _HARMONY = _syntax(HARMONY, HARMONY_REASONING)
 
@@ -264,6 +281,126 @@ ANSWERS = [
         calls=(("now", '{"a": 1'),),
     ),
     Answer("deepseek says nothing", _DEEPSEEK, f"a{_BEGIN}now", "anow"),
+    # Qwen3-Coder
+    Answer(
+        "qwen",
+        _QWEN,
+        "<think>Hm</think>I look.\n<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n"
+        "</parameter>\n<parameter=days>\n3\n</parameter>\n</function>\n</tool_call>\n"
+        "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        "I look.",
+        "Hm",
+        (("get_weather", '{"city": "Paris", "days": 3}'), ("now", "{}")),
+    ),
+    Answer(
+        "qwen's types",
+        _QWEN,
+        "<tool_call><function=get_weather><parameter=city>\n12\n</parameter><parameter=ok>True</parameter>"
+        '<parameter=at>{"a": [1, "</x>"]}</parameter><parameter=unit>\nnull\n</parameter>'
+        "<parameter=share>0.5</parameter><parameter=days>soon</parameter><parameter=free>[1]</parameter>"
+        '<parameter=other>"a"</parameter></function></tool_call>',
+        calls=(
+            (
+                "get_weather",
+                '{"city": "12", "ok": true, "at": {"a": [1, "</x>"]}, "unit": null, "share": 0.5, '
+                '"days": "soon", "free": [1], "other": "\\"a\\""}',
+            ),
+        ),
+    ),
+    Answer(
+        "qwen writes code",
+        _QWEN,
+        '<tool_call>\n<function=get_weather>\n<parameter=city>\n\n if a < b:\n\t"<b>\\n</function>"\n\n'
+        "</parameter>\n</function>\n</tool_call>Done.",
+        "Done.",
+        calls=(("get_weather", '{"city": "\\n if a < b:\\n\\t\\"<b>\\\\n</function>\\"\\n"}'),),
+    ),
+    Answer(
+        "qwen leaves the first tag out",
+        _QWEN,
+        "See:\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n</function>\n</tool_call>",
+        "See:",
+        calls=(("get_weather", PARIS),),
+    ),
+    Answer(
+        "qwen calls two in one",
+        _QWEN,
+        "<tool_call><function=now></function><function=now></function></tool_call> Well.",
+        "Well.",
+        calls=(("now", "{}"), ("now", "{}")),
+    ),
+    Answer(
+        "qwen forgets to end",
+        _QWEN,
+        "<tool_call><function=get_weather><parameter=days>3</parameter><parameter=ok>true</tool_call>Well.",
+        "Well.",
+        calls=(("get_weather", '{"days": 3, "ok": true}'),),
+    ),
+    Answer(
+        "qwen says it twice, and more",
+        _QWEN,
+        "<tool_call><function=get_weather>so<parameter=days>3</parameter>, <parameter=days>4</parameter>"
+        "<parameter=x</function></tool_call>",
+        calls=(("get_weather", '{"days": 3}'),),
+    ),
+    Answer(
+        "qwen breaks off in a string",
+        _QWEN,
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nPar\n",
+        calls=(("get_weather", '{"city": "Par'),),
+    ),
+    Answer(
+        "qwen breaks off in a number",
+        _QWEN,
+        "<tool_call>\n<function=get_weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n1",
+        calls=(("get_weather", '{"city": "Paris"'),),
+    ),
+    Answer("qwen breaks off in the name", _QWEN, "a <tool_call>\n<function=get_w", "a \nget_w"),
+    Answer("qwen calls nothing", _QWEN, "<tool_call>x</tool_call>, a <function= b", "x, a  b"),
+    # GLM
+    Answer(
+        "glm",
+        _GLM,
+        "<think>Hm</think>\n<tool_call>get_weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+        "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+        None,
+        "Hm",
+        (("get_weather", '{"city": "Paris", "days": 3}'), ("now", "{}")),
+    ),
+    Answer(
+        "glm on one line",
+        _GLM,
+        "See<tool_call>get_weather<arg_key>city</arg_key><arg_value>\n5 </arg_value><arg_key>ok</arg_key>"
+        "<arg_value>false</arg_value></tool_call><tool_call>now</tool_call>",
+        "See",
+        calls=(("get_weather", '{"city": "\\n5 ", "ok": false}'), ("now", "{}")),
+    ),
+    Answer("glm calls nothing", _GLM, "<tool_call>hello you</tool_call> and", "hello you and"),
+    Answer("glm breaks off in the name", _GLM, "<tool_call>get_wea", "get_wea"),
+    Answer(
+        "glm breaks off in a key",
+        _GLM,
+        "<tool_call>get_weather\n<arg_key>ci",
+        calls=(("get_weather", "{}"),),
+    ),
+    Answer(
+        "glm forgets a value",
+        _GLM,
+        "<tool_call>get_weather<arg_key>city</arg_key><arg_key>days</arg_key><arg_value>2</tool_call>",
+        calls=(("get_weather", '{"days": 2}'),),
+    ),
+    # MiniMax
+    Answer(
+        "minimax",
+        _MINIMAX,
+        '<think>Hm</think>See.\n<minimax:tool_call>\n<invoke name="get_weather">\n<parameter name="city">'
+        'Paris</parameter>\n<parameter name="days">3</parameter>\n</invoke>\n<invoke name="now">\n</invoke>\n'
+        "</minimax:tool_call>",
+        "See.",
+        "Hm",
+        (("get_weather", '{"city": "Paris", "days": 3}'), ("now", "{}")),
+    ),
+    Answer("minimax calls nothing", _MINIMAX, "<minimax:tool_call>\n<b>x</b>", "\n<b>x</b>"),
     # JSON
     Answer("JSON", _JSON, f" {_CALL} ", calls=(("get_weather", PARIS),)),
     Answer(

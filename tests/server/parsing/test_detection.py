@@ -8,16 +8,19 @@ from server.parsing.detection import reasoning_format_of, tool_format_of
 from server.parsing.formats import (
     DEEPSEEK,
     DEEPSEEK_BLOCKS,
+    GLM45,
     HARMONY,
     HARMONY_REASONING,
     HERMES,
     JSON,
     LLAMA3_JSON,
+    MINIMAX_M2,
     MISTRAL,
     MISTRAL_NAMED,
     MISTRAL_THINK,
     PYTHONIC,
     PYTHONIC_MARKED,
+    QWEN3_CODER,
     SEED_THINK,
     THINK,
 )
@@ -29,8 +32,11 @@ from tests.server.text_fixtures import TEMPLATES
     [
         ("{{ '<tool_call>\\n{\"name\": ' }}", HERMES, None),
         ("{{ '<think>' + thought + '</think>' }}<tool_call>", HERMES, THINK),
-        ("<tool_call>\n<function={{ name }}>\n<parameter=", None, None),  # Qwen3-Coder
-        ("</think><tool_call>{{ name }}<arg_key>", None, THINK),  # GLM
+        ("<tool_call>\n<function={{ name }}>\n<parameter={{ key }}>", QWEN3_CODER, None),
+        ("</think><tool_call>{{ name }}<arg_key>{{ key }}</arg_key><arg_value>", GLM45, THINK),
+        ("<minimax:tool_call>{{ '<invoke name=\"' + name }}<parameter name=", MINIMAX_M2, None),
+        ("<seed:tool_call>\n<function={{ name }}>\n<parameter=", None, None),
+        ("<tool_call>{{ '<invoke name=' }}", None, None),
         ("{{ '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>' + name + '<｜tool▁sep｜>' }}", DEEPSEEK, None),
         ("<｜tool▁call▁begin｜>function<｜tool▁sep｜>x\n```json\n", DEEPSEEK_BLOCKS, None),
         ("{{ '[TOOL_CALLS][' }}", MISTRAL, None),
@@ -61,7 +67,7 @@ def test_of_a_model() -> None:
 
 
 def test_a_template_whose_calls_nobody_reads_is_told_of_tools_by_us() -> None:
-    source = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}<tool_call><arg_key>"
+    source = "{{ tools | tojson }}{% for m in messages %}{{ m.content }}{% endfor %}<tool_call><invoke"
     assert ChatTemplate(source).takes_tools
     assert model_formats(ChatTemplate(source)) == ModelFormats(JSON, None, template_takes_tools=False)
 

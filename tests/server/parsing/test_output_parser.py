@@ -93,7 +93,8 @@ _PIECES = [
     *THINK.markers,
     '{"name": "now", "arguments": ', '{"name": ', '"now"', "get_weather(", "city=", "[", "]", "{", "}", ")",
     "(", '"', "'", "\\", ",", ":", "```", "json", "\n", " ", "a", "é", "1", "function", "to=functions.now",
-    "\x00",
+    "\x00", "<parameter=city>", "</parameter>", "</function>", ">", '<invoke name="now">', "</invoke>",
+    '<parameter name="city">',
 ]  # fmt: skip
 
 
@@ -164,7 +165,17 @@ def test_ids_are_new_and_in_the_form_that_templates_take() -> None:
 @pytest.mark.parametrize("name", TOOL_FORMATS)
 @pytest.mark.parametrize(
     "unit",
-    ["<tool_call>{", '<tool_call>{"a": "', "[", '{"arguments": ', "[TOOL_CALLS][", " \n", "f(a=[", "<"],
+    [
+        "<tool_call>{",
+        '<tool_call>{"a": "',
+        "[",
+        '{"arguments": ',
+        "[TOOL_CALLS][",
+        " \n",
+        "f(a=[",
+        "<",
+        "<function=f><parameter=a>",
+    ],
 )
 def test_the_work_is_linear_in_the_text(name: str, unit: str, monkeypatch: pytest.MonkeyPatch) -> None:
     num_handled = 0
