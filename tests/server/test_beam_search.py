@@ -12,6 +12,7 @@ import pytest
 from scheduler.hashing_executor import EMPTY_PREFIX, HashingExecutor, extend_hash
 from scheduler.messages import EngineOutput, FinishReason, Request, SamplingParams, TokenLogprobs
 from server.admission import Admission
+from server.beam_search import BeamSearch
 from server.beam_streams import BeamStreams
 from server.config import ServerConfig
 from server.errors import DeadlineError
@@ -135,7 +136,9 @@ async def test_a_search_that_drops_nothing_finds_the_best_of_all_texts(penalty: 
 
 
 @pytest.mark.parametrize("max_in_flight", [1, 2])
-@pytest.mark.parametrize(("width", "penalty"), [(1, 1.0), (2, 0.0), (3, 1.0), (3, -2.0), (4, 2.5)])
+@pytest.mark.parametrize(
+    ("width", "penalty"), [(1, 1.0), (2, 0.0), (3, 1.0), (3, -2.0), (4, 2.5), (1, 4.0), (2, 6.0)]
+)
 async def test_it_keeps_the_best_at_each_step(width: int, penalty: float, max_in_flight: int) -> None:
     prompts: list[Text] = [tuple(i * 7 % 9 for i in range(1, length)) for length in (2, 6, 13)]
     for stop in ((8,), (3, 5), ()):
@@ -159,6 +162,27 @@ async def test_it_ends_when_nothing_can_get_better() -> None:
     [found], engine = await search(executor, [(1, 2, 3)], 2, 1.0, 120, (4,))
     assert_same(found, pruned((1, 2, 3), 5, 2, 1.0, 120, (4,)))
     assert engine.core.stats.steps_total < 100
+
+
+@pytest.mark.parametrize(
+    ("penalty", "steps", "expected"),
+    [
+        # -1 / 10**4 is better than -1.9 / 11**4, but not than -1.95 / 12**4.
+        (4.0, [((9, -1.0), (1, -1.9)), ((2, -0.05), (3, -5.0))], (1, 2)),
+        # -0.81 * 11**2 is better than -1 * 10**2, but -0.8 * 12**2 is not.
+        (-2.0, [((9, -1.0), (1, -0.8)), ((9, -0.01), (3, -5.0))], (1, 9)),
+        (1.0, [((9, -1.0), (1, -2.0))], (9,)),
+    ],
+)
+def test_a_beam_that_can_still_win_goes_on(
+    penalty: float, steps: list[tuple[tuple[int, float], ...]], expected: Text
+) -> None:
+    search = BeamSearch(1, penalty, prompt_length=10, max_tokens=2, stop_token_ids=(9,))
+    for top in steps:
+        assert len(search.beams) == 1
+        search.advance([TokenLogprobs(*top[0], 1, top)])
+    assert search.beams == []
+    assert [beam.token_ids for beam in search.best()] == [expected]
 
 
 async def test_beams_share_what_they_have_in_common() -> None:
