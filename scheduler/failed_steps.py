@@ -21,6 +21,7 @@ class FailedSteps:
     given up. What the device had no memory for passes once the steps are small.
 
     Attributes:
+        limits: of each sequence, with how many it may be in a step at most, itself included.
         max_running: sequences that may run at a time: less than the device can take after it had no memory.
     """
 
@@ -28,10 +29,7 @@ class FailedSteps:
         self._max_num_seqs = max_num_seqs
         self.max_running = max_num_seqs
         self._num_steps = 0
-        self._limits: dict[Sequence, int] = {}
-
-    def __bool__(self) -> bool:
-        return bool(self._limits)
+        self.limits: dict[Sequence, int] = {}
 
     def take(self, failed: Several[Sequence], *, had_no_memory: bool) -> list[Sequence]:
         """Takes the sequences of a failed step; returns those of them that are given up."""
@@ -44,22 +42,18 @@ class FailedSteps:
         given_up = []
         for sequence in failed:
             sequence.num_failures += 1
-            if sequence.num_failures > _MAX_FAILURES or (num == 1 and self._limits.get(sequence) == 1):
+            if sequence.num_failures > _MAX_FAILURES or (num == 1 and self.limits.get(sequence) == 1):
                 given_up.append(sequence)
             else:
-                self._limits[sequence] = max(1, num // 2)
+                self.limits[sequence] = max(1, num // 2)
         return given_up
-
-    def discard(self, sequence: Sequence) -> None:
-        """It has a token, or has ended."""
-        self._limits.pop(sequence, None)
 
     def allows(self, sequence: Sequence, others: Collection[Sequence], *, is_retry: bool) -> bool:
         """Whether a sequence may be in a step with ``others``, which is one of retries or of all the rest."""
-        limit = self._limits.get(sequence)
+        limit = self.limits.get(sequence)
         if limit is None or not is_retry:
             return limit is None and not is_retry
-        return len(others) < min([limit, *(self._limits[other] for other in others)])
+        return len(others) < min([limit, *(self.limits[other] for other in others)])
 
     def count_step(self) -> None:
         """A step has succeeded."""
@@ -69,5 +63,5 @@ class FailedSteps:
 
     def check_invariants(self, sequences: Collection[Sequence]) -> None:
         """Raises AssertionError if a sequence is kept that has ended."""
-        assert self._limits.keys() <= set(sequences), "a sequence that has ended is to be tried again"
+        assert self.limits.keys() <= set(sequences), "a sequence that has ended is to be tried again"
         assert 1 <= self.max_running <= self._max_num_seqs

@@ -122,7 +122,7 @@ class Scheduler:
         """The next step, or None if there is nothing to compute (before the steps in flight are done)."""
         for request, error in self._grammars.take_prepared():
             self._enqueue(request, error)
-        step = _Step(self._config.max_num_batched_tokens, is_retry=bool(self._failed))
+        step = _Step(self._config.max_num_batched_tokens, is_retry=bool(self._failed.limits))
         self._fill(step)
         if step.is_retry and not step.shares:
             step.is_retry = False
@@ -149,16 +149,16 @@ class Scheduler:
             self._admit(step)
 
     def _may_join(self, sequence: Sequence, step: _Step) -> bool:
-        return not self._failed or self._failed.allows(sequence, step.shares, is_retry=step.is_retry)
+        return self._failed.allows(sequence, step.shares, is_retry=step.is_retry)
 
     def _schedule_running(self, step: _Step) -> None:
-        block_size = self._config.block_size
+        block_size, failed = self._config.block_size, self._failed.limits
         for sequence in tuple(self._running):
             if not step.budget:
                 return
             if not sequence.is_running:  # preempted a moment ago, for one before it
                 continue
-            if not self._may_join(sequence, step):
+            if failed and not self._may_join(sequence, step):
                 continue
             if sequence.num_tokens == sequence.max_num_tokens:  # its last token is in flight
                 continue
@@ -229,7 +229,7 @@ class Scheduler:
             if expected.is_awaited(sequence):
                 position += 1
                 continue
-            if not self._may_join(sequence, step):
+            if self._failed.limits and not self._may_join(sequence, step):
                 return
             if sequence.resume_after_step > self._num_completed_steps or pool.num_free <= len(running):
                 return
@@ -372,7 +372,8 @@ class Scheduler:
             if forced and sequence.is_running:
                 self._forced[sequence.request_id] = forced
             token_ids += forced
-        self._failed.discard(sequence)
+        if self._failed.limits:
+            self._failed.limits.pop(sequence, None)
         params = sequence.request.params
         is_first = len(sequence.token_ids) == sequence.num_prompt_tokens + len(token_ids)
         self._outputs.append(
@@ -405,7 +406,7 @@ class Scheduler:
     def _leave(self, sequence: Sequence) -> None:
         sequence.is_finished = True
         del self._sequences[sequence.request_id]
-        self._failed.discard(sequence)
+        self._failed.limits.pop(sequence, None)
         if sequence.has_grammar:
             self._grammars.forget(sequence.request_id)
         if sequence.is_running:

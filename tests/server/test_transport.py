@@ -186,6 +186,7 @@ async def test_strangers_on_the_line_disturb_nobody(caplog: pytest.LogCaptureFix
                 stranger.setsockopt(zmq.LINGER, 200)
                 stranger.connect(address)
                 stranger.send_multipart(frames)
+                stranger.send_multipart(encode(Kind.ABORT, "r"))  # of whom nobody listens any more
                 stranger.close()
             for content in (b"GET / HTTP/1.1\r\n\r\n", b"\x80\x04." * 1000, bytes(1000)):
                 with socket.socket(socket.AF_UNIX) as raw, contextlib.suppress(OSError):
