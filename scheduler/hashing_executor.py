@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from scheduler.executor import ExecutorLostError
 from scheduler.messages import (
     ExecutorSpec,
     FinishReason,
@@ -25,8 +26,8 @@ EMPTY_PREFIX = 0x9E3779B97F4A7C15
 _POISON = -1
 
 
-class SchedulingError(Exception):
-    """The scheduler asked for something that gives, or may give, wrong tokens."""
+class SchedulingError(ExecutorLostError):
+    """The scheduler asked for something that gives, or may give, wrong tokens: no step is tried again."""
 
 
 def extend_hash(prefix_hash: int, token_id: int) -> int:

@@ -191,4 +191,5 @@ def test_a_pool_that_gives_out_blocks_in_use_is_noticed(monkeypatch: pytest.Monk
     engine = EngineCore(HashingExecutor(8, 4))
     for name, prompt in (("a", PROMPT), ("b", PROMPT[1:])):
         engine.add_request(Request(name, prompt))
-    assert "SchedulingError" in (engine.step().outputs[0].error or "")
+    with pytest.raises(SchedulingError, match="slot 0"):
+        engine.step()

@@ -410,7 +410,6 @@ def test_a_failed_step_fails_its_own_sequences_only(workload: Workload) -> None:
         if outcome.last.finish_reason is FinishReason.ERROR and can_run(request, workload):
             assert request.request_id in touched
             assert outcome.last.error
-            assert "SchedulingError" not in outcome.last.error, outcome.last.error
     num_failed = Counter(
         share.request_id
         for step in executor.steps
