@@ -101,6 +101,15 @@ def test_errors_are_shown(page: Page) -> None:
     page.route("**/v1/chat/completions", lambda route: route.abort())
     _send(page, "Hello again")
     expect(page.get_by_role("alert").last).to_contain_text("cannot be reached")
+    expect(page.get_by_role("button", name="Try again")).to_have_count(1)  # of the last answer only
+    page.unroute("**/v1/chat/completions")
+    _set(page, temperature="0")
+    with page.expect_request("**/v1/chat/completions") as asked:
+        page.get_by_role("button", name="Try again").click()
+    assert [message["content"] for message in asked.value.post_data_json["messages"]] == ["Hello again"]
+    expect(page.locator(f"{_ANSWER} .note")).to_contain_text("tokens", timeout=20_000)
+    expect(page.locator("article.user")).to_have_text(["Hello", "Hello again"])
+    expect(page.get_by_role("button", name="Try again")).to_have_count(0)
 
 
 _MARKDOWN = """# Title
@@ -111,8 +120,18 @@ Some **bold**, *weak* and `code <b>`, [a link](https://example.org/x), [no link]
 
 - a
 - b
+  1. deep
+  2. deeper
+
+  more of b
 
 > quoted
+
+| key | value |
+|-----|------:|
+| one | `1\\|2` |
+
+***
 
 ```python
 print("<script>alert(1)</script>")
@@ -138,8 +157,12 @@ def test_markdown_becomes_elements_and_html_stays_text(page: Page) -> None:
     expect(shown.locator("p code")).to_have_text("code <b>")
     expect(shown.locator("a")).to_have_attribute("href", "https://example.org/x")
     expect(shown.locator("a")).to_have_count(1)
-    expect(shown.locator("ol li")).to_have_text(["one", "two"])
-    expect(shown.locator("ul li")).to_have_text(["a", "b"])
+    expect(shown.locator(":scope > ol > li")).to_have_text(["one", "two"])
+    expect(shown.locator(":scope > ul > li")).to_have_text(["a", re.compile("bdeep.*more of b")])
+    expect(shown.locator("ul ol li")).to_have_text(["deep", "deeper"])
+    expect(shown.locator("th")).to_have_text(["key", "value"])
+    expect(shown.locator("td")).to_have_text(["one", "1|2"])
+    expect(shown.locator("hr")).to_have_count(1)
     expect(shown.locator("blockquote")).to_have_text("quoted")
     expect(shown.locator("pre code")).to_have_text('print("<script>alert(1)</script>")')
     expect(shown.locator("img")).to_have_count(0)
