@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import os
+import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
@@ -14,6 +18,10 @@ T = TypeVar("T")
 
 # Tokenizing this much takes some 10 ms; longer texts queue in a lane of their own.
 _LONG_TEXT_CHARS = 64 * 1024
+# That lane gets what processor time the streams leave over: a megabyte is a second of work.
+_LONG_LANE_NICENESS = 10
+# A pool of threads of the library's own would do the work instead, at the priority of whoever came first.
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 
 class TextTooLongError(Exception):
@@ -33,7 +41,7 @@ class Tokenization:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self.tokenizer = tokenizer
         self._short = ThreadPoolExecutor(1, thread_name_prefix="tokenize-short")
-        self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long")
+        self._long = ThreadPoolExecutor(1, thread_name_prefix="tokenize-long", initializer=_yield_to_others)
         # Templates of clients may keep theirs busy as long as they are let.
         self._foreign = ThreadPoolExecutor(1, thread_name_prefix="tokenize-foreign")
         self._request_templates = RequestTemplates(tokenizer.named_special_tokens)
@@ -126,6 +134,12 @@ class Tokenization:
         if lane is None:
             lane = self._long if num_chars > _LONG_TEXT_CHARS else self._short
         return await asyncio.get_running_loop().run_in_executor(lane, work)
+
+
+def _yield_to_others() -> None:
+    if sys.platform == "linux":  # where each thread has a niceness of its own
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _LONG_LANE_NICENESS)
 
 
 def _num_chars(value: Any) -> int:

@@ -61,8 +61,7 @@ def serve_api(answers: Connection, config: ServerConfig, pace: Pace) -> None:
 
 
 async def _serve_api(answers: Connection, config: ServerConfig, pace: Pace) -> None:
-    from server.api_process import http_server
-    from server.app import create_app
+    from server.api_process import http_server, load_application
     from server.engine_client import ZmqEngineClient
     from server.launch import listen
 
@@ -72,7 +71,7 @@ async def _serve_api(answers: Connection, config: ServerConfig, pace: Pace) -> N
         config, pace.as_path(), module="tests.benchmarks.paced_engine", on_ready=lambda _: ready.set()
     )
     engine.start()
-    app = create_app(config, engine, load_tokenizer(fetch_default_model()))
+    app, _ = await load_application(config, fetch_default_model(), engine, None)
     server = http_server(config, app)
     listener = listen(config)
     lags: list[float] = []
