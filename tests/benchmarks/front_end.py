@@ -15,11 +15,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import multiprocessing
 import os
 import random
 import resource
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -57,6 +57,7 @@ class Usage:
 
 def serve_api(answers: Connection, config: ServerConfig, pace: Pace) -> None:
     """Serves until told to stop; tells its port first, then its ``Usage`` whenever it is asked."""
+    logging.basicConfig(level=logging.ERROR)  # streams that are cut off at the end are no news
     uvloop.run(_serve_api(answers, config, pace))
 
 
@@ -275,15 +276,33 @@ class Figures:
     long_prompts: Sequence[float]
 
 
-async def measure(arguments: argparse.Namespace) -> Figures:
+@dataclass(frozen=True)
+class FrontEndLoad:
+    """What a run does.
+
+    Attributes:
+        tokens_per_second: of each stream.
+        seconds: how long the streams go on.
+        num_idle: streams that wait for their turn meanwhile.
+        has_long_prompts: whether a chat of 1 MB comes every second. Not together with idle ones.
+    """
+
+    num_streams: int = 256
+    tokens_per_second: float = 100.0
+    seconds: float = 10.0
+    num_idle: int = 0
+    has_long_prompts: bool = False
+
+
+async def measure(load: FrontEndLoad) -> Figures:
     """One run. Raises ConnectionError if a stream is cut off."""
-    num_streams, num_idle = arguments.streams, arguments.idle
+    num_streams, num_idle = load.num_streams, load.num_idle
     tokenizer = load_tokenizer(fetch_default_model())
     token_ids = tuple(tokenizer.encode(_TEXT))
-    num_tokens = int(arguments.tokens_per_second * arguments.seconds)
+    num_tokens = int(load.tokens_per_second * load.seconds)
     text = tokenizer.decode([token_ids[n % len(token_ids)] for n in range(num_tokens)])
-    num_places = num_streams + (1 if arguments.megabyte_prompts else 0)
-    pace = Pace(token_ids, arguments.tokens_per_second, num_places)
+    num_places = num_streams + load.has_long_prompts
+    pace = Pace(token_ids, load.tokens_per_second, num_places)
     config = ServerConfig(
         port=0, max_queued_requests=num_idle + 1000, max_queued_tokens=2**24, log_level="error"
     )
@@ -309,12 +328,10 @@ async def measure(arguments: argparse.Namespace) -> Figures:
         client.start()
         await loop.run_in_executor(None, streams.recv)
         idle = await hold_idle(port, num_idle)
-        if arguments.profile:
-            print(f"API process {server.pid}", file=sys.stderr)
         before, began = await ask(api), time.perf_counter()
         long_prompts: list[float] = []
-        if arguments.megabyte_prompts:
-            long_prompts = await send_long_prompts(port, int(arguments.seconds) - 2)
+        if load.has_long_prompts:
+            long_prompts = await send_long_prompts(port, int(load.seconds) - 2)
         await loop.run_in_executor(None, streams.recv)
         seconds, after = time.perf_counter() - began, await ask(api)
         num_open = sum(not writer.is_closing() for writer in idle)
@@ -363,6 +380,16 @@ def report(figures: Figures, num_idle: int) -> str:
     return "\n".join(lines)
 
 
+def summary(figures: Figures, num_idle: int) -> str:
+    """The figures in two sentences."""
+    return (
+        f"The front end with an engine that computes nothing, {figures.num_streams} streams, "
+        f"{figures.num_tokens / figures.seconds:.0f} tokens/s, {num_idle} idle connections: "
+        f"{figures.user_us + figures.system_us:.1f} us of the API process's CPU a token; {figures.num_wrong} "
+        f"streams lost any. Event loop late by p50 / p99 / max {_quantiles(figures.lags)} ms."
+    )
+
+
 def _quantiles(values: Sequence[float]) -> str:
     """``values`` are sorted."""
     places = (len(values) // 2, int(len(values) * 0.99), len(values) - 1)
@@ -377,9 +404,15 @@ def main() -> None:
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument("--idle", type=int, default=0, help="streams that wait for their turn meanwhile")
     beside.add_argument("--megabyte-prompts", action="store_true", help="a chat of 1 MB a second meanwhile")
-    parser.add_argument("--profile", action="store_true", help="say the API process's id, for a profiler")
     arguments = parser.parse_args()
-    print(report(uvloop.run(measure(arguments)), arguments.idle))
+    load = FrontEndLoad(
+        arguments.streams,
+        arguments.tokens_per_second,
+        arguments.seconds,
+        arguments.idle,
+        arguments.megabyte_prompts,
+    )
+    print(report(uvloop.run(measure(load)), load.num_idle))
 
 
 if __name__ == "__main__":

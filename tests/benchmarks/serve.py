@@ -24,10 +24,14 @@ from importlib.metadata import version
 from itertools import pairwise
 from pathlib import Path
 
+import uvloop
+
 from server.bench.random_prompts import distinct_prompts
 from server.bench.stream_client import Answer, ResponseError, Target, read_answer, run_load
 from server.model_source import fetch_default_model
 from tests.benchmarks.figures import Figures, Load, Result, Start, machine, median_result, tables
+from tests.benchmarks.front_end import FrontEndLoad, summary
+from tests.benchmarks.front_end import measure as measure_front_end
 from tests.benchmarks.peers import installed_peers
 from tests.benchmarks.server_process import Server, ServerError, ServerProcess, machine_cpu_seconds
 from tests.benchmarks.step_loop import measure as measure_step_loop
@@ -193,6 +197,8 @@ def main() -> int:
                     print(f"left out of this round: {error}", file=sys.stderr, flush=True)
 
     step_loop = measure_step_loop()
+    num_idle = 2000
+    front_end = uvloop.run(measure_front_end(FrontEndLoad(seconds=5.0, num_idle=num_idle)))
     results = [median_result(of_server) for of_server in rounds.values() if of_server]
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     report = (
@@ -201,7 +207,8 @@ def main() -> int:
         f"{arguments.output_tokens} tokens out, greedy, closed loop; medians of {arguments.rounds} rounds. "
         f"Ratios above 1 are in favour of {OURS}.\n\n{tables(results, loads, OURS)}\n\n"
         f"The step loop's own cost with {step_loop['num_sequences']:.0f} running sequences, executor faked: "
-        f"median {step_loop['median_ms']:.2f} ms, p99 {step_loop['p99_ms']:.2f} ms a step.\n"
+        f"median {step_loop['median_ms']:.2f} ms, p99 {step_loop['p99_ms']:.2f} ms a step.\n\n"
+        f"{summary(front_end, num_idle)}\n"
     )
     print(report)
     if arguments.write is not None:
