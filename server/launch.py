@@ -68,8 +68,6 @@ def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
         listener = stack.enter_context(listen(config))
         stack.enter_context(_unlinked_at_last(config.uds))
         admin_listener = listen_for_admin(config)
-        if admin_listener is not None and config.api_workers > 1:
-            raise LaunchError("--admin-port and --admin-uds need --api-workers 1")
         if admin_listener is not None:
             stack.enter_context(admin_listener)
             stack.enter_context(_unlinked_at_last(config.admin_uds))
@@ -79,7 +77,7 @@ def serve(config: ServerConfig, notes: Sequence[str] = ()) -> None:
             uvloop.run(_serve(config, source, listener, admin_listener))
             return
         with _shared_responses(config) as config:
-            uvloop.run(_serve_by_workers(config, source, listener))
+            uvloop.run(_serve_by_workers(config, source, listener, admin_listener))
 
 
 def check_certificate(config: ServerConfig) -> None:
@@ -205,7 +203,6 @@ async def _serve(
     engine.start()
     try:
         # While the engine imports and loads, this process does the same with its own half.
-        from server.admin.admin_server import administered
         from server.api_process import Ending, http_server, load_application, traces_of
 
         traces = traces_of(config)
@@ -219,7 +216,13 @@ async def _serve(
             asyncio.create_task(_exit_on(failed, server)),
             asyncio.create_task(app.state.service.metrics.operation.watch_loop()),
         ]
-        async with administered(config, app.state.service, engine, admin_listener):
+        async with contextlib.AsyncExitStack() as stack:
+            if admin_listener is not None:
+                from server.admin.admin_server import administered
+                from server.admin.operated_server import LoneServer
+
+                operated = LoneServer(app.state.service, engine)
+                await stack.enter_async_context(administered(config, operated, admin_listener))
             await server.serve(sockets=[listener])
         for watcher in watchers:
             watcher.cancel()
@@ -242,7 +245,12 @@ def _shared_responses(config: ServerConfig) -> Iterator[ServerConfig]:
         yield dataclasses.replace(config, responses_db=str(Path(directory) / "responses.db"))
 
 
-async def _serve_by_workers(config: ServerConfig, source: ModelSource, listener: socket.socket) -> None:
+async def _serve_by_workers(
+    config: ServerConfig,
+    source: ModelSource,
+    listener: socket.socket,
+    admin_listener: socket.socket | None,
+) -> None:
     from server.console import Console
     from server.worker_supervisor import WorkerSupervisor
 
@@ -254,7 +262,15 @@ async def _serve_by_workers(config: ServerConfig, source: ModelSource, listener:
         on_progress=console.show_progress,
         on_serving=console.show_ready,
     )
-    if failure := await supervisor.run():
+    async with contextlib.AsyncExitStack() as stack:
+        if admin_listener is not None:
+            from server.admin.admin_server import administered
+            from server.admin.operated_workers import OperatedWorkers
+
+            operated = OperatedWorkers(supervisor, config.served_model_names)
+            await stack.enter_async_context(administered(config, operated, admin_listener))
+        failure = await supervisor.run()
+    if failure:
         raise LaunchError(failure)
 
 

@@ -14,6 +14,7 @@ import socket
 import sys
 from pathlib import Path
 
+from server.admin.operated_workers import answer_operator
 from server.api_process import Ending, http_server, load_application, traces_of
 from server.engine_link import EngineLink
 from server.launch import LaunchError, follow_parent
@@ -149,6 +150,8 @@ async def _answer(line: WorkerLine, asked: Question, service: Service) -> None:
             answer = b"yes" if service.background.is_running(asked.argument) else b""
         case "cancel":
             await service.background.cancel(asked.argument)
+        case _:
+            answer = answer_operator(service, asked.subject, asked.argument)
     line.send(Reply(asked.number, asked.asker, answer))
 
 

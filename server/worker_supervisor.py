@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import logging
 import os
 import signal
@@ -18,6 +19,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 
 from server.admission import Admission
 from server.config import ServerConfig
@@ -67,7 +69,7 @@ class _Asked:
     """A question on its way through the workers."""
 
     question: Question
-    asker: _Worker
+    tell: Callable[[list[bytes]], None]
     missing: set[str]
     answers: list[bytes] = field(default_factory=list)
     timer: asyncio.TimerHandle | None = None
@@ -100,6 +102,8 @@ class WorkerSupervisor:
         self._has_vocabulary = False
         self._workers: dict[str, _Worker] = {}
         self._asked: dict[tuple[str, int], _Asked] = {}
+        self._numbers = itertools.count()
+        self._established: dict[str, str] = {}
         self._retired = b""
         self._restarts: deque[float] = deque(maxlen=_MAX_RESTARTS)
         self._ending = asyncio.Event()
@@ -189,6 +193,8 @@ class WorkerSupervisor:
             match message:
                 case Serving(vocabulary):
                     worker.is_serving = True
+                    for subject, argument in self._established.items():  # nobody waits for the answer
+                        worker.line.send(Question(next(self._numbers), "", subject, argument))
                     if not self._has_vocabulary:
                         self._has_vocabulary = True
                         self._engine.provide(vocabulary)
@@ -198,8 +204,8 @@ class WorkerSupervisor:
                     self._fail(reason)
                 case EngineHangs():
                     self._engine.end_hung()
-                case Question():
-                    self._pass_on(worker, message)
+                case Question(number):
+                    self._pass_on(message, partial(self._reply, worker, number))
                 case Reply():
                     self._take(worker, message)
                 case _:
@@ -212,7 +218,7 @@ class WorkerSupervisor:
             kept = kept_parts(worker.last_part)
             self._retired = summed_parts(self._retired, kept) if self._retired else kept
         for asked in list(self._asked.values()):
-            if asked.asker is worker:
+            if asked.question.asker == worker.name:
                 self._finish(asked)
             elif worker.name in asked.missing:
                 asked.missing.discard(worker.name)
@@ -246,10 +252,28 @@ class WorkerSupervisor:
 
     # ---- questions ----
 
-    def _pass_on(self, asker: _Worker, question: Question) -> None:
+    @property
+    def engine(self) -> ZmqEngineClient:
+        return self._engine
+
+    async def ask(self, subject: str, argument: str = "") -> list[bytes]:
+        """The answers of all workers that answer in time, to a question of this process."""
+        waiting: asyncio.Future[list[bytes]] = asyncio.get_running_loop().create_future()
+        self._pass_on(Question(next(self._numbers), "", subject, argument), waiting.set_result)
+        return await asyncio.shield(waiting)
+
+    async def establish(self, subject: str, argument: str) -> None:
+        """Has all workers know something, those that start later too."""
+        self._established[subject] = argument
+        await self.ask(subject, argument)
+
+    def _reply(self, asker: _Worker, number: int, answers: list[bytes]) -> None:
+        asker.line.send(Replies(number, answers))
+
+    def _pass_on(self, question: Question, tell: Callable[[list[bytes]], None]) -> None:
         serving = [worker for worker in self._workers.values() if worker.is_serving]
-        asked = _Asked(question, asker, {worker.name for worker in serving})
-        self._asked[asker.name, question.number] = asked
+        asked = _Asked(question, tell, {worker.name for worker in serving})
+        self._asked[question.asker, question.number] = asked
         if question.subject == "metrics":
             asked.answers.append(self._metrics.part(with_engine=True))
             if self._retired:
@@ -275,11 +299,11 @@ class WorkerSupervisor:
 
     def _finish(self, asked: _Asked) -> None:
         """Tells the asker what is known, which after a while is what those last said that say nothing now."""
-        if self._asked.pop((asked.asker.name, asked.question.number), None) is None:
+        if self._asked.pop((asked.question.asker, asked.question.number), None) is None:
             return
         if asked.timer is not None:
             asked.timer.cancel()
         if asked.question.subject == "metrics":
             late = [self._workers[name].last_part for name in asked.missing if name in self._workers]
             asked.answers += [kept_parts(part) for part in late if part]
-        asked.asker.line.send(Replies(asked.question.number, asked.answers))
+        asked.tell(asked.answers)

@@ -6,23 +6,22 @@ from fastapi import FastAPI
 
 from server.admin import admin_routes
 from server.admin.admin_log import AdminLog
-from server.admin.operated_server import OperatedEngine, OperatedServer
+from server.admin.operated_server import OperatedServer
 from server.api_keys import ApiKeys
 from server.cors import Cors
 from server.error_handlers import add_error_handlers
 from server.guard import Guard
-from server.service import Service
 
 _MAX_BODY_BYTES = 64 * 1024
 
 
-def create_admin_app(service: Service, engine: OperatedEngine, keys: ApiKeys) -> FastAPI:
+def create_admin_app(operated: OperatedServer, keys: ApiKeys) -> FastAPI:
     """
     Args:
         keys: every path wants one of them; without any, who reaches the address is trusted (a unix socket).
     """
     app = FastAPI(title="inflightd", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
-    app.state.operated = OperatedServer(service, engine)
+    app.state.operated = operated
     app.include_router(admin_routes.router)
     add_error_handlers(app)
     app.add_middleware(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from typing import Any
 
 import msgspec
@@ -15,8 +14,8 @@ from server.admin.admin_protocol import AdminBody, LogLevelBody, ProfileBody, re
 from server.admin.chrome_trace import chrome_trace
 from server.admin.operated_server import OperatedServer
 from server.errors import InvalidRequestError, excerpt
-from server.logs import log_level, set_log_level
-from server.service import VERSION, while_connected
+from server.logs import log_level
+from server.service import while_connected
 
 router = APIRouter()
 
@@ -28,7 +27,7 @@ class RequestNotFoundError(InvalidRequestError):
 
 @router.get("/admin/status")
 async def status(request: Request) -> Response:
-    return _json(_status(_operated(request)))
+    return _json(await _operated(request).status())
 
 
 @router.post("/admin/drain")
@@ -44,14 +43,14 @@ async def undrain(request: Request) -> Response:
 
 @router.get("/admin/requests")
 async def list_requests(request: Request) -> Response:
-    return _json({"data": _operated(request).service.running.as_json()})
+    return _json({"data": await _operated(request).requests()})
 
 
 @router.post("/admin/requests/{request_id:path}/abort")
 async def abort_request(request: Request) -> Response:
     request_id = request.path_params["request_id"]
     await read_admin_body(request, AdminBody)
-    aborted = _operated(request).service.running.abort(request_id)
+    aborted = await _operated(request).abort(request_id)
     note(request, aborted=len(aborted))
     if not aborted:
         raise RequestNotFoundError(f"No request with id {excerpt(request_id)} waits or runs.")
@@ -73,11 +72,10 @@ async def tell_log_level(request: Request) -> Response:
 
 @router.put("/admin/log_level")
 async def change_log_level(request: Request) -> Response:
-    """Of this process and of the engine, until they end."""
+    """Of all processes, until they end."""
     body = await read_admin_body(request, LogLevelBody)
     note(request, old_level=log_level(), new_level=body.level)
-    set_log_level(body.level)
-    _operated(request).engine.set_log_level(body.level)
+    await _operated(request).set_log_level(body.level)
     return _json({"level": body.level})
 
 
@@ -94,34 +92,14 @@ async def profile(request: Request) -> Response:
 async def _take_requests(request: Request, *, takes: bool) -> Response:
     await read_admin_body(request, AdminBody)
     operated = _operated(request)
-    operated.service.takes_requests = takes
-    shown = _status(operated)
+    await operated.take_requests(takes)
+    shown = await operated.status()
     note(request, running=shown["running"], waiting=shown["waiting"])
     return _json(shown)
 
 
-def _status(operated: OperatedServer) -> dict[str, Any]:
-    service = operated.service
-    return {
-        "version": VERSION,
-        "models": service.config.served_model_names,
-        "uptime_seconds": int(time.time()) - service.started,
-        "is_ready": service.is_ready,
-        "is_engine_ready": service.engine.is_ready,
-        "takes_requests": service.takes_requests,
-        "is_shutting_down": service.is_draining,
-        "calls": len(service.running),
-        "running": service.metrics.num_running,
-        "waiting": service.metrics.num_waiting,
-        "kv_cache_usage": round(service.engine.stats.kv_cache_usage, 4),
-        "engine_restarts": service.engine.num_restarts,
-        "log_level": log_level(),
-    }
-
-
 def _operated(request: Request) -> OperatedServer:
-    operated = request.app.state.operated
-    assert isinstance(operated, OperatedServer)
+    operated: OperatedServer = request.app.state.operated
     return operated
 
 

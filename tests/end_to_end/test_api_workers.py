@@ -20,8 +20,14 @@ BODY = {"model": "smollm2-135m-instruct", "prompt": "Once upon a time", "tempera
 
 
 @pytest.fixture(scope="module")
-def server(smollm2_path: Path) -> Iterator[ServerProcess]:
-    with ServerProcess("--api-workers", "2", "--max-model-len", "512") as server:
+def admin_uds(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("admin") / "socket"
+
+
+@pytest.fixture(scope="module")
+def server(smollm2_path: Path, admin_uds: Path) -> Iterator[ServerProcess]:
+    flags = ("--api-workers", "2", "--max-model-len", "512", "--admin-uds", str(admin_uds))
+    with ServerProcess(*flags) as server:
         yield server
     assert server.process.returncode == 0
     assert any("shutting down" in line for line in server.lines)
@@ -148,3 +154,34 @@ def test_one_that_is_killed_takes_only_its_own_connections_along(server: ServerP
     assert killed not in worker_pids(server)
     assert httpx.get(f"{server.url}/health/ready").status_code == 200
     assert any(re.search(r"API process \d ended", line) for line in server.lines)
+
+
+def test_an_operator_reaches_all_of_them(server: ServerProcess, admin_uds: Path, text: str) -> None:
+    with httpx.Client(transport=httpx.HTTPTransport(uds=str(admin_uds)), base_url="http://admin") as admin:
+        assert admin.get("/admin/status").json()["api_workers"] == 2
+        streams = [stream for each in started(server, 400).values() for stream in each]
+        listed = admin.get("/admin/requests").json()["data"]
+        assert len(listed) == len(streams)
+        assert admin.post("/admin/prefix_cache/flush", json={}).json()["flushed_blocks"] > 0
+        assert admin.post("/admin/profile", json={"num_steps": 3}).json()["traceEvents"]
+        for call in listed:
+            aborted = admin.post(f"/admin/requests/{call['x_request_id']}/abort", json={}).json()
+            assert aborted == {"aborted": [call["id"]]}
+        for stream in streams:
+            stream.join(20)
+        assert not any(stream.is_whole for stream in streams)
+        server.wait_until("num_requests_running", 0)
+        assert admin.post("/admin/drain", json={}).json()["is_ready"] is False
+        os.kill(worker_pids(server)[0], signal.SIGKILL)
+        time.sleep(0.2)
+        deadline = time.monotonic() + 20
+        while admin.get("/admin/status").json()["api_workers"] < 2:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        for _ in range(8):  # whoever answers, and one of them has only just begun
+            assert httpx.get(f"{server.url}/health/ready").status_code == 503
+            refused = httpx.post(f"{server.url}/v1/completions", json=BODY | {"max_tokens": 24})
+            assert refused.json()["error"]["code"] == "draining"
+        assert admin.post("/admin/undrain", json={}).json()["is_ready"] is True
+    answer = httpx.post(f"{server.url}/v1/completions", json=BODY | {"max_tokens": 24}, timeout=60).json()
+    assert answer["choices"][0]["text"] == text

@@ -20,6 +20,8 @@ from scheduler.hashing_executor import HashingExecutor, run_alone
 from scheduler.messages import EngineOutput, ProfileSteps, Request, SamplingParams, StepPhase
 from server.admin.admin_app import create_admin_app
 from server.admin.chrome_trace import chrome_trace
+from server.admin.operated_server import LoneServer
+from server.admin.operated_workers import OperatedWorkers, answer_operator
 from server.api_keys import ApiKeys, api_key
 from server.app import create_app
 from server.config import ServerConfig
@@ -60,7 +62,7 @@ class Both:
     def __init__(self, engine: OperatedEngine, tokenizer: Tokenizer, config: ServerConfig) -> None:
         self.engine = engine
         self.app = create_app(config, engine, tokenizer)
-        self.admin_app = create_admin_app(self.app.state.service, engine, config.admin_keys)
+        self.admin_app = create_admin_app(LoneServer(self.app.state.service, engine), config.admin_keys)
         self.main = self._client(self.app, {})
         self.admin = self._client(self.admin_app, WITH_KEY)
         self.stranger = self._client(self.admin_app, {})
@@ -358,8 +360,69 @@ def test_phases_of_real_steps_as_a_chrome_trace(max_in_flight: int) -> None:
 async def test_without_keys_a_socket_is_open(tokenizer: Tokenizer) -> None:
     engine = OperatedEngine(HashingExecutor(64, 4))
     app = create_app(ServerConfig(), engine, tokenizer)
-    admin = create_admin_app(app.state.service, engine, ApiKeys(()))
+    admin = create_admin_app(LoneServer(app.state.service, engine), ApiKeys(()))
     transport = httpx.ASGITransport(admin, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         assert (await client.get("/admin/status")).status_code == 200
     await app.state.service.close()
+
+
+class SupervisorOfTwo:
+    """Asks two applications of this process, where a real one asks processes."""
+
+    def __init__(self, engine: OperatedEngine, *apps: FastAPI) -> None:
+        self.engine = engine
+        self._apps = apps
+        self.established: dict[str, str] = {}
+
+    async def ask(self, subject: str, argument: str = "") -> list[bytes]:
+        return [answer_operator(app.state.service, subject, argument) for app in self._apps]
+
+    async def establish(self, subject: str, argument: str) -> None:
+        self.established[subject] = argument
+        await self.ask(subject, argument)
+
+
+async def test_several_api_processes_are_one_server(both: Both, tokenizer: Tokenizer) -> None:
+    both.engine.pause = 0.005
+    other = Both(both.engine, tokenizer, ServerConfig(admin_key=(api_key(KEY),)))
+    supervisor = SupervisorOfTwo(both.engine, both.app, other.app)
+    keys = ApiKeys((api_key(KEY),))
+    admin_app = create_admin_app(OperatedWorkers(supervisor, ("m",)), keys)
+    transport = httpx.ASGITransport(admin_app, raise_app_exceptions=False)
+    before = log_level()
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=WITH_KEY) as admin:
+        expected = await both.answer("first")
+        asked = [("a", both), ("b", other), ("b", both)]
+        running = [
+            asyncio.create_task(
+                one.main.post(
+                    "/v1/completions",
+                    json={"prompt": "first", "max_tokens": 60, "ignore_eos": True, "seed": 3},
+                    headers={"x-request-id": name},
+                )
+            )
+            for name, one in asked
+        ]
+        while len(data := (await admin.get("/admin/requests")).json()["data"]) < 3:  # noqa: ASYNC110
+            await asyncio.sleep(0.005)
+        assert sorted(call["x_request_id"] for call in data) == ["a", "b", "b"]
+        status = (await admin.get("/admin/status")).json()
+        assert (status["calls"], status["api_workers"], status["is_ready"]) == (3, 2, True)
+        aborted = await admin.post("/admin/requests/b/abort", json={})
+        assert sorted(aborted.json()["aborted"]) == sorted(
+            call["id"] for call in data if call["x_request_id"] == "b"
+        )
+        assert (await admin.post("/admin/drain", json={})).json()["takes_requests"] is False
+        for one in (both, other):
+            assert (await one.main.get("/health/ready")).status_code == 503
+        answers = await asyncio.gather(*running)
+        assert [answer.status_code for answer in answers] == [200, 500, 500]
+        assert answers[0].json()["choices"][0]["text"] == expected
+        assert (await admin.post("/admin/undrain", json={})).json()["is_ready"] is True
+        try:
+            await admin.put("/admin/log_level", json={"level": "error"})
+            assert supervisor.established == {"take_requests": "yes", "log_level": "error"}
+        finally:
+            set_log_level(before)
+    await other.app.state.service.close()
