@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -55,8 +56,9 @@ class EngineCommands:
             return await _within(_REPLY_S, reply)
         finally:
             del self._profiles[number]
-            if reply.cancelled():  # whoever asked is gone
-                self._send(Kind.PROFILE, ProfileSteps(number, 0))
+            if not reply.done() or reply.cancelled():  # whoever asked is gone
+                with contextlib.suppress(EngineDeadError):
+                    self._send(Kind.PROFILE, ProfileSteps(number, 0))
 
     def flushed(self, num_blocks: int) -> None:
         """The engine's reply to the oldest flush."""

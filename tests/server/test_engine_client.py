@@ -18,11 +18,12 @@ import pytest
 import server.engine_link
 import server.watchdog
 from scheduler.hashing_executor import HashingExecutor, run_alone
-from scheduler.messages import EngineOutput, FinishReason, Request, SamplingParams
+from scheduler.messages import EngineOutput, FinishReason, ProfileSteps, Request, SamplingParams
 from server.config import ServerConfig
 from server.engine_client import ZmqEngineClient
+from server.engine_commands import EngineCommands
 from server.errors import EngineDeadError, InternalError, ProfileRunningError
-from server.transport import Progress, Ready
+from server.transport import Kind, Progress, Ready
 
 
 class Watched:
@@ -343,3 +344,16 @@ async def test_what_an_operator_asks_of_a_running_engine() -> None:
         assert await client.flush_prefix_cache() == 0
     with pytest.raises(EngineDeadError):
         await client.flush_prefix_cache()
+
+
+async def test_a_profile_that_nobody_waits_for_is_ended() -> None:
+    sent: list[tuple[Kind, object]] = []
+    commands = EngineCommands(lambda kind, body: sent.append((kind, body)))
+    asked = asyncio.create_task(commands.profile(5, 5.0))
+    await asyncio.sleep(0)
+    ((kind, body),) = sent
+    assert isinstance(body, ProfileSteps)
+    assert (kind, body.num_steps) == (Kind.PROFILE, 5)
+    asked.cancel()
+    await asyncio.gather(asked, return_exceptions=True)
+    assert sent[1:] == [(Kind.PROFILE, ProfileSteps(body.profile_id, 0))]
