@@ -58,6 +58,7 @@ class Stream(threading.Thread):
         self.port = 0
         self.text = ""
         self.is_whole = False
+        self.error: str | None = None
         self.begun = threading.Event()
 
     def run(self) -> None:
@@ -70,7 +71,11 @@ class Stream(threading.Thread):
                     if line == "data: [DONE]":
                         self.is_whole = True
                     elif line.startswith("data: "):
-                        self.text += json.loads(line[6:])["choices"][0]["text"]
+                        event = json.loads(line[6:])
+                        if "error" in event:
+                            self.error = event["error"]["code"]
+                            continue
+                        self.text += event["choices"][0]["text"]
                         self.begun.set()
         except httpx.HTTPError:
             self.begun.set()
@@ -169,6 +174,7 @@ def test_an_operator_reaches_all_of_them(server: ServerProcess, admin_uds: Path,
             assert aborted == {"aborted": [call["id"]]}
         for stream in streams:
             stream.join(20)
+        assert {stream.error for stream in streams} == {"request_aborted"}
         assert not any(stream.is_whole for stream in streams)
         server.wait_until("num_requests_running", 0)
         assert admin.post("/admin/drain", json={}).json()["is_ready"] is False
