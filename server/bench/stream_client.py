@@ -158,7 +158,7 @@ async def _run(
             exchanges.append(exchange)
             try:
                 async with asyncio.timeout(seconds_for_one):
-                    await _post(target, request, exchange)
+                    await post(target, request, exchange)
             except (OSError, TimeoutError) as error:
                 exchange.failure = str(error) or f"no end after {seconds_for_one:.0f} s"
             on_end()
@@ -167,7 +167,7 @@ async def _run(
     return Run(exchanges, time.perf_counter() - begin, time.process_time() - begin_cpu, most_late)
 
 
-async def _post(target: Target, request: bytes, exchange: Exchange) -> None:
+async def post(target: Target, request: bytes, exchange: Exchange) -> None:
     loop = asyncio.get_running_loop()
     finished = loop.create_future()
     transport, _ = await loop.create_connection(

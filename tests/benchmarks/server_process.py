@@ -5,6 +5,7 @@ from __future__ import annotations
 import http.client
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -48,8 +49,11 @@ class ServerProcess:
         seconds_to_first_answer: from the start of the process to the end of a completion of one token.
     """
 
-    def __init__(self, server: Server, log_path: Path, start_timeout: float = 300.0) -> None:
+    def __init__(
+        self, server: Server, log_path: Path, start_timeout: float = 300.0, api_key: str | None = None
+    ) -> None:
         self._log_path = log_path
+        self._api_key = api_key
         self._server = server
         self.port = _free_port()
         command = [part.replace("{port}", str(self.port)) for part in server.command]
@@ -102,18 +106,30 @@ class ServerProcess:
             ServerError: another status.
             OSError, HTTPException: no answer.
         """
+        answer = self._fetch(method, path, body, timeout)
+        parsed: dict[str, Any] = json.loads(answer) if parse else {}
+        return parsed
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without its prefix, summed over its labels; 0 if there is none."""
+        page = self._fetch("GET", "/metrics", None, 60.0).decode()
+        return sum(map(float, re.findall(rf"^\w+:{name}(?:{{.*}})? (\S+)$", page, re.MULTILINE)))
+
+    def _fetch(self, method: str, path: str, body: object, timeout: float) -> bytes:
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             content = None if body is None else json.dumps(body)
-            connection.request(method, path, content, {"Content-Type": "application/json"})
+            headers = {"Content-Type": "application/json"}
+            if self._api_key is not None:
+                headers["Authorization"] = f"Bearer {self._api_key}"
+            connection.request(method, path, content, headers)
             response = connection.getresponse()
             answer = response.read()
         finally:
             connection.close()
         if response.status != 200:
             raise ServerError(f"{self._server.name}: {path} answered {response.status}: {answer[:300]!r}")
-        parsed: dict[str, Any] = json.loads(answer) if parse else {}
-        return parsed
+        return answer
 
     def stop(self) -> None:
         """Asks the server to end, and ends what is left of its session after 20 s."""
@@ -132,6 +148,18 @@ class ServerProcess:
     def cpu_seconds(self) -> float:
         """CPU seconds, user and system, of all its processes so far."""
         return sum(sum(map(int, stat[11:15])) for _, stat in self._processes()) / CLOCK_TICKS
+
+    def times(self) -> dict[str, tuple[float, float]]:
+        """Seconds of CPU and seconds of waiting for a core, of all threads of its processes: the one that was
+        started is ``api``, the others are ``engine``."""
+        totals = {"api": (0.0, 0.0), "engine": (0.0, 0.0)}
+        for pid, _ in self._processes():
+            part = "api" if pid == self._process.pid else "engine"
+            for thread in Path(f"/proc/{pid}/task").iterdir():
+                ran, waited, _ = map(int, (thread / "schedstat").read_text().split())
+                cpu, waiting = totals[part]
+                totals[part] = (cpu + ran / 1e9, waiting + waited / 1e9)
+        return totals
 
     def peak_memory(self) -> int:
         """Bytes: the sum of its processes' peak resident sets; memory that they share counts in each."""
