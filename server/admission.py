@@ -29,6 +29,8 @@ _MIN_AHEAD = 4
 _KEY_SHARE = 0.75
 _UNBEGUN_STEPS = 8
 _RATE_WINDOW = 64
+_UNKNOWN_INTERVAL_S = 0.1
+# OpenAI's SDK takes no advice to wait longer than a minute: it comes back after half a second instead.
 _MIN_WAIT_S, _MAX_WAIT_S = 1.0, 60.0
 
 
@@ -88,6 +90,7 @@ class Admission:
         self._order = itertools.count()
         self._num_held = 0
         self._ends: deque[float] = deque(maxlen=_RATE_WINDOW)
+        self._last_return = 0.0
         self.num_waiting = 0
         self.num_waiting_tokens = 0
         self.rejections: Counter[str] = Counter(dict.fromkeys(("requests", "tokens", "key", "timeout"), 0))
@@ -109,9 +112,30 @@ class Admission:
 
     def check(self) -> None:
         """Raises OverloadedError if no request could be taken, before anything is spent on one."""
+        refusal = self.refusal(cache_scope.get())
+        if refusal is not None:
+            raise refusal
+
+    def refusal(self, key: str | None) -> OverloadedError | None:
+        """Why no call of ``key``, however small, could be taken now; None if one could."""
         if self.num_waiting >= self.max_waiting:
-            raise self._refusal("requests", self.max_waiting, 0)
-        self._check_key(cache_scope.get())
+            return self._refused("requests", self.max_waiting, 0)
+        if self._config.max_requests_per_key is not None:
+            most, line = self._share(self._config.max_requests_per_key), self._lines.get(key)
+            if line is not None and line.num_calls >= most:
+                return self._refused("key", most, 0)
+        return None
+
+    def limits(self) -> dict[str, str]:
+        """What a response tells of the line, in the headers that OpenAI has for it."""
+        most, most_tokens = self.max_waiting, self.max_waiting_tokens
+        return {
+            "x-ratelimit-limit-requests": str(most),
+            "x-ratelimit-remaining-requests": str(max(0, most - self.num_waiting)),
+            "x-ratelimit-reset-requests": f"{self.num_waiting * self.interval:.1f}s",
+            "x-ratelimit-limit-tokens": str(most_tokens),
+            "x-ratelimit-remaining-tokens": str(max(0, most_tokens - self.num_waiting_tokens)),
+        }
 
     @contextmanager
     def admit(self, requests: Sequence[Request]) -> Iterator[None]:
@@ -120,11 +144,13 @@ class Admission:
         num_tokens = sum(map(len, {request.prompt_token_ids for request in requests}))
         if self.num_waiting:
             if self.num_waiting + len(requests) > self.max_waiting:
-                raise self._refusal("requests", self.max_waiting, self.max_waiting - self.num_waiting)
+                raise self._refused("requests", self.max_waiting, self.max_waiting - self.num_waiting)
             if self.num_waiting_tokens + num_tokens > self.max_waiting_tokens:
                 left = self.max_waiting_tokens - self.num_waiting_tokens
-                raise self._refusal("tokens", self.max_waiting_tokens, left)
-        self._check_key(key)
+                raise self._refused("tokens", self.max_waiting_tokens, left)
+        refusal = self.refusal(key)
+        if refusal is not None:
+            raise refusal
         line = self._lines.setdefault(key, _Line())
         line.num_calls += 1
         share = -(-num_tokens // len(requests))
@@ -191,6 +217,8 @@ class Admission:
             if not place.has_begun:
                 line.unbegun_tokens -= place.num_tokens
             self._ends.append(time.monotonic())
+            if not self._num_held:  # the next end tells how long nobody came
+                self._ends.clear()
             self._hand_over()
 
     def _stop_waiting(self, place: _Place) -> None:
@@ -254,21 +282,26 @@ class Admission:
         else:
             self._engine.fail(request_id, error)
 
-    def _check_key(self, key: str | None) -> None:
-        if self._config.max_requests_per_key is None:
-            return
-        most, line = self._share(self._config.max_requests_per_key), self._lines.get(key)
-        if line is not None and line.num_calls >= most:
-            raise self._refusal("key", most, 0)
-
-    def _refusal(self, reason: str, limit: int, remaining: int) -> OverloadedError:
+    def _refused(self, reason: str, limit: int, remaining: int) -> OverloadedError:
         self.rejections[reason] += 1
         return OverloadedError(reason, limit, remaining, self._wait_seconds())
 
-    def _wait_seconds(self) -> float:
-        """When a place may be free, going by the last ones; scattered, so that not all come at once."""
+    @property
+    def interval(self) -> float:
+        """Seconds from one end to the next, going by the last ones."""
         ends = self._ends
-        wait = _MIN_WAIT_S
-        if len(ends) > 1:
-            wait = self.num_waiting * (ends[-1] - ends[0]) / (len(ends) - 1)
-        return min(max(wait, _MIN_WAIT_S), _MAX_WAIT_S) * random.uniform(0.75, 1.25)
+        if len(ends) < 2:
+            return _UNKNOWN_INTERVAL_S
+        return max(ends[-1] - ends[0], 0.001) / (len(ends) - 1)
+
+    def _wait_seconds(self) -> float:
+        """When a place may be free for one who is refused now.
+
+        Those who are refused come back one after the other, behind the line that stands and at the rate at
+        which places get free. If that is too far away, they come at any time of its second half.
+        """
+        now, interval = time.monotonic(), self.interval
+        first = now + max(_MIN_WAIT_S, self.num_waiting * interval)
+        self._last_return = min(max(self._last_return + interval, first), now + _MAX_WAIT_S + interval)
+        wait = self._last_return - now
+        return wait if wait <= _MAX_WAIT_S else random.uniform(_MAX_WAIT_S / 2, _MAX_WAIT_S)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import logging
 import signal
@@ -67,7 +68,7 @@ def http_server(config: ServerConfig, app: FastAPI) -> HttpServer:
             app,
             log_config=None,
             access_log=False,
-            http=HttpProtocol,
+            http=functools.partial(HttpProtocol, doorman=getattr(app.state, "doorman", None)),  # type: ignore[arg-type]
             ws="none",
             lifespan="off",
             server_header=False,

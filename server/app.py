@@ -9,6 +9,7 @@ from fastapi import FastAPI
 from server.admission import Admission
 from server.config import ServerConfig
 from server.cors import Cors
+from server.doorman import Doorman
 from server.engine_protocol import EngineClient
 from server.error_handlers import add_error_handlers
 from server.fields import refuse_unknown
@@ -95,6 +96,7 @@ def create_app(
         from server.tracing import TraceRequests
 
         app.add_middleware(TraceRequests, traces=traces)
+    app.state.doorman = Doorman(engine, admission, config.api_keys, cors)
     app.add_middleware(
         Guard,
         max_body_bytes=config.max_body_bytes,

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from http import HTTPStatus
 
 import msgspec
 
@@ -38,11 +37,6 @@ class ApiError(Exception):
         self.param = param
         self.code = code or self.default_code
         self.headers = dict(headers or {})
-
-    @property
-    def reason_phrase(self) -> str:
-        """The status in words, as a status line has it."""
-        return HTTPStatus(self.status).phrase
 
     def body(self) -> bytes:
         """OpenAI's error object as JSON."""

@@ -63,6 +63,7 @@ class Guard:
     - A body over ``max_body_bytes`` is refused before it is read if its length is announced, and at the byte
       that crosses the limit if it is not. Compressed bodies are refused, and those that take longer than
       30 s at less than 1 KB/s.
+    - ``request.state.limits``, if a route sets it, are headers of the response.
     - Whatever is raised becomes the error object of the path's API, mostly OpenAI's. Exceptions that are no
       ``ApiError`` are logged with the request id and answered as a plain 500.
     """
@@ -94,7 +95,7 @@ class Guard:
             await self._app(scope, receive, send)
             return
         headers: dict[bytes, bytes] = dict(scope["headers"])
-        request_id = _request_id(headers.get(b"x-request-id"))
+        request_id = request_id_of(headers)
         scope.setdefault("state", {})["request_id"] = request_id
         http_request_id.set(request_id)
         scope[SEND_BODY] = send
@@ -130,6 +131,8 @@ class Guard:
                 for name, value in security_headers.items():
                     response_headers.setdefault(name, value)
                 response_headers.update(self._cors.headers(headers))
+                for name, value in scope["state"].get("limits", {}).items():
+                    response_headers.setdefault(name, value)
                 if is_reading:
                     # What the client has yet to send would be taken for its next request.
                     response_headers["connection"] = "close"
@@ -193,7 +196,9 @@ async def _drain(receive: Receive) -> None:
                 pass
 
 
-def _request_id(sent: bytes | None) -> str:
+def request_id_of(headers: Mapping[bytes, bytes]) -> str:
+    """The client's ``x-request-id`` if it is short and plain, else a new one."""
+    sent = headers.get(b"x-request-id")
     if sent is not None and _CLIENT_REQUEST_ID.fullmatch(sent):
         return sent.decode("ascii")
     return new_request_id()

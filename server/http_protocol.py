@@ -8,11 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 import httptools
+from starlette.types import Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
+from server.doorman import Doorman, Reply
 from server.errors import (
     ApiError,
     HeadersTooLargeError,
@@ -32,6 +36,8 @@ _MAX_URI_BYTES = 8 * 1024
 _HEAD_TIMEOUT_S = 10.0
 # How long a refused client may go on sending, so that it reads the answer before the connection is reset.
 _LINGER_S = 2.0
+# The rest of a body that nobody reads may be so long; otherwise the connection is closed.
+_MAX_UNREAD_BYTES = 64 * 1024
 # A client that takes nothing for so long is gone, as ``sse`` sees it too. The kernel knows for TCP only.
 _UNREAD_TIMEOUT_S = 30.0
 
@@ -75,12 +81,18 @@ class HttpProtocol(HttpToolsProtocol):
     - What is no HTTP, HTTP/1.1 without exactly one ``Host``, and ``CONNECT`` is 400 or 405.
     - An ``Upgrade`` is ignored, and the request answered as if it had not been offered.
     - A client that reads nothing for 30 s while something waits for it is dropped.
+    - What the doorman answers is answered once its head is there. The connection is kept if the body that
+      nobody reads is short.
 
     A connection whose response has begun is closed without a word, so that nothing gets into the response.
     """
 
-    def __init__(self, *arguments: Any, **settings: Any) -> None:
+    def __init__(self, *arguments: Any, doorman: Doorman | None = None, **settings: Any) -> None:
         super().__init__(*arguments, **settings)
+        self._doorman = doorman
+        # Whether the request is answered and the rest of its body to be dropped.
+        self._is_dropping = False
+        self._closes_after_reply = False
         self._refusal: ApiError | None = None
         self._is_refused = False
         self._is_in_head = False
@@ -124,7 +136,7 @@ class HttpProtocol(HttpToolsProtocol):
                 self._num_head_bytes += len(data)
             if self._num_head_bytes > _MAX_HEAD_BYTES:
                 self._refuse(_head_too_large())
-        elif self._head_timer is None and not self._is_answering:
+        elif self._head_timer is None and self.timeout_keep_alive_task is None and not self._is_answering:
             self._await_head()  # line breaks between requests
 
     def _feed(self, data: bytes) -> None:
@@ -152,6 +164,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         super().on_message_begin()
+        self._unset_keepalive_if_required()  # set by a request before it in the same piece of data
         self._is_in_head = True
         self._num_head_bytes = self._num_headers = 0
         if self._head_timer is None:
@@ -184,12 +197,72 @@ class HttpProtocol(HttpToolsProtocol):
         if self._head_timer is not None:
             self._head_timer.cancel()
             self._head_timer = None
+        # Behind a request that is being answered the reply has to wait, and before a reader that stops too.
+        if self._doorman is not None and not self._is_answering and not self.flow.write_paused:
+            reply = self._doorman.reply(method, self.url, self.headers)
+            if reply is not None:
+                if reply.delay and self._has_short_body:
+                    self._send_later(reply)
+                else:
+                    self._send(reply, method)
+                return
         super().on_headers_complete()
         self.scope[WRITE_CHUNK] = ChunkWriter(self.cycle)  # type: ignore[literal-required]
 
+    def on_body(self, body: bytes) -> None:
+        if not self._is_dropping:
+            super().on_body(body)
+
     def on_message_complete(self) -> None:
-        if not self._is_upgrading:
+        if self._is_dropping:
+            self._is_dropping = False
+            self._cancel_timers()
+            if self._closes_after_reply:
+                self.transport.close()
+            else:
+                self.on_response_complete()
+        elif not self._is_upgrading:
             super().on_message_complete()
+
+    # ---- replies of the doorman ----
+
+    @property
+    def _has_short_body(self) -> bool:
+        """Whether the rest of the request is soon past, unread."""
+        if self.expect_100_continue:  # such a client may send its body or not
+            return False
+        headers = dict(self.headers)
+        length = headers.get(b"content-length", b"0")
+        is_short = length.isdigit() and len(length) < 10 and int(length) <= _MAX_UNREAD_BYTES
+        return is_short and b"transfer-encoding" not in headers
+
+    def _send_later(self, reply: Reply) -> None:
+        """As an application would, so that further requests of the connection wait and its end is noticed."""
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            await asyncio.sleep(reply.delay)
+            headers = [(name.encode(), value.encode("latin-1")) for name, value in reply.headers.items()]
+            headers.append((b"content-length", b"%d" % len(reply.body)))
+            await send({"type": "http.response.start", "status": reply.status, "headers": headers})
+            await send({"type": "http.response.body", "body": reply.body, "more_body": False})
+
+        app, self.app = self.app, answer
+        try:
+            super().on_headers_complete()
+        finally:
+            self.app = app
+
+    def _send(self, reply: Reply, method: bytes) -> None:
+        closes = not (self._has_short_body and self.parser.should_keep_alive())
+        self._closes_after_reply = closes
+        headers = {**reply.headers, "content-length": str(len(reply.body))}
+        headers |= {name.decode(): value.decode() for name, value in self.server_state.default_headers}
+        if closes:
+            headers["connection"] = "close"
+        self.transport.write(_response(reply.status, headers, b"" if method == b"HEAD" else reply.body))
+        self._is_dropping = True
+        patience = _LINGER_S if closes else _HEAD_TIMEOUT_S
+        self._head_timer = self.loop.call_later(patience, self.transport.close)
 
     # ---- refusals and timers ----
 
@@ -212,7 +285,9 @@ class HttpProtocol(HttpToolsProtocol):
     def _refuse(self, error: ApiError) -> None:
         self._is_refused = True
         self._cancel_timers()
-        if self._is_answering and (self.cycle.response_started or not self.cycle.more_body):
+        if self._is_dropping or (
+            self._is_answering and (self.cycle.response_started or not self.cycle.more_body)
+        ):
             self.transport.close()
             return
         if self._is_answering:
@@ -227,10 +302,8 @@ class HttpProtocol(HttpToolsProtocol):
             **security_headers,
             **error.headers,
         }
-        lines = [f"HTTP/1.1 {error.status} {error.reason_phrase}"]
-        lines += [f"{name}: {value}" for name, value in headers.items()]
         _log.debug("a connection is closed: %s", error.message)
-        self.transport.write("\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body)
+        self.transport.write(_response(error.status, headers, body))
         if not self.transport.can_write_eof():
             self.transport.close()
             return
@@ -253,6 +326,12 @@ class HttpProtocol(HttpToolsProtocol):
             if timer is not None:
                 timer.cancel()
         self._head_timer = self._unread_timer = None
+
+
+def _response(status: int, headers: Mapping[str, str], body: bytes) -> bytes:
+    lines = [f"HTTP/1.1 {status} {HTTPStatus(status).phrase}"]
+    lines += [f"{name}: {value}" for name, value in headers.items()]
+    return "\r\n".join(lines).encode("latin-1") + b"\r\n\r\n" + body
 
 
 def _head_too_large() -> HeadersTooLargeError:

@@ -197,18 +197,11 @@ async def _serve(
         failures.append(reason)
         failed.set()
 
-    def on_ready(ready: Ready) -> None:
-        if not gc.get_freeze_count():
-            # What was loaded stays. To walk it again in a full collection would stop all streams for 0.2 s.
-            gc.collect()
-            gc.freeze()
-        console.show_ready(ready)
-
     engine = ZmqEngineClient(
         config,
         str(source.path),
         on_progress=console.show_progress,
-        on_ready=on_ready,
+        on_ready=console.show_ready,
         on_failure=on_failure,
     )
     engine.start()
@@ -305,9 +298,9 @@ def run_engine(address: str, parent_id: int) -> int:
         parent_id: the process id of the API process, which this process does not outlive.
     """
     follow_parent(parent_id)
-    # On a CPU the threads that compute take every core. The API process needs little, but soon: a refusal or a
-    # health probe must not wait for them. Others than its own parent lose nothing by it where process groups
-    # share a machine by control groups or sessions, as in containers.
+    # On a CPU the threads that compute take every core. The API process needs little, but soon: refusals and
+    # health probes must not wait for them. Where sessions or containers share a machine, the kernel compares
+    # priorities inside of them only, so that others gain nothing by it.
     os.nice(_ENGINE_NICENESS)
     # ^C reaches the whole terminal; the API process drains first and then says QUIT.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

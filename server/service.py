@@ -83,6 +83,7 @@ class Service:
             raise DrainingError
         if self.engine.is_ready:  # otherwise it may not be known what it takes
             self.admission.check()
+            request.state.limits = self.admission.limits()
         body, num_bytes = await read_json_object(request)
         if not self.engine.is_ready:
             raise EngineDeadError("the engine is not ready")

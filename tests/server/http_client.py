@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -47,8 +48,10 @@ async def serving(app: FastAPI, **settings: Any) -> AsyncIterator[int]:
 
 @asynccontextmanager
 async def serving_at(listener: socket.socket, app: FastAPI, **settings: Any) -> AsyncIterator[uvicorn.Server]:
-    """Serves an application with uvicorn on a socket that listens."""
-    settings = {"http": HttpProtocol, "lifespan": "off", "log_config": None, "ws": "none"} | settings
+    """Serves an application with uvicorn on a socket that listens, behind its doorman if it has one."""
+    doorman = getattr(app.state, "doorman", None) if isinstance(app, FastAPI) else None
+    protocol = functools.partial(HttpProtocol, doorman=doorman)
+    settings = {"http": protocol, "lifespan": "off", "log_config": None, "ws": "none"} | settings
     server = uvicorn.Server(uvicorn.Config(app, **settings))
     task = asyncio.create_task(server.serve([listener]))
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it

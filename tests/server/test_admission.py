@@ -214,6 +214,41 @@ async def test_who_waits_too_long_is_told() -> None:
     assert _is_empty(admission)
 
 
+async def test_the_refused_come_back_one_after_the_other() -> None:
+    gate = _Gate()
+    admission = Admission(ServerConfig(max_queued_requests=4), gate.engine)
+    with admission.admit([Request(f"r{i}", (1,)) for i in range(12)]):
+        admission._ends.extend(100.0 + i / 2 for i in range(10))  # a place is free every half a second
+
+        def wait() -> float:
+            with pytest.raises(OverloadedError) as caught:
+                admission.check()
+            seconds = int(caught.value.headers["retry-after-ms"]) / 1000
+            assert seconds <= int(caught.value.headers["retry-after"]) <= seconds + 1
+            return seconds
+
+        waits = [wait() for _ in range(115)]
+        # Behind the four that wait, and at the rate at which places get free.
+        assert waits == pytest.approx([2 + i / 2 for i in range(115)], abs=0.1)
+        late = [wait() for _ in range(100)]
+        # OpenAI's SDK does not believe in more than a minute, and comes back at once.
+        assert all(30 <= seconds <= 60 for seconds in late)
+        assert max(late) - min(late) > 15
+    assert _is_empty(admission)
+
+
+async def test_the_pause_before_a_burst_does_not_count_as_slowness() -> None:
+    gate = _Gate()
+    admission = Admission(ServerConfig(), gate.engine)
+    with admission.admit([Request("long ago", (1,))]):
+        pass
+    admission._ends.extend([0.0] * len(admission._ends))
+    with admission.admit([Request(f"r{i}", (1,)) for i in range(2)]):
+        admission.end("r0")
+        assert admission.interval == pytest.approx(0.1)  # one end tells nothing
+        admission.end("r1")
+
+
 async def test_nobody_stays_whatever_happens() -> None:
     dice = random.Random(7)
     executor = HashingExecutor(num_blocks=16, block_size=4, vocab_size=50, max_num_seqs=3)
@@ -312,6 +347,28 @@ async def test_what_a_refused_client_is_told_and_how_soon(tokenizer: Tokenizer) 
             await asyncio.sleep(0.001)
         assert {(await task).status_code for task in waiting} == {200}
         await _refused_are_no_requests(client)
+
+
+async def test_an_answer_tells_how_much_more_is_taken(tokenizer: Tokenizer) -> None:
+    gate = _Gate()
+    async with api(gate.engine, tokenizer, ServerConfig(max_queued_requests=9)) as client:
+        running = [asyncio.create_task(client.post("/v1/chat/completions", json=chat())) for _ in range(10)]
+        await _until(lambda: len(gate.ids) == 8)
+        await _settle()
+        bodies = [chat(), chat(stream=True)]
+        running += [asyncio.create_task(client.post("/v1/chat/completions", json=body)) for body in bodies]
+        while not all(task.done() for task in running):
+            for name in gate.ids:
+                gate.finish(name)
+            await asyncio.sleep(0.001)
+        for task in running[-2:]:
+            headers = (await task).headers
+            assert headers["x-ratelimit-limit-requests"] == "9"
+            assert 6 <= int(headers["x-ratelimit-remaining-requests"]) <= 9
+            assert headers["x-ratelimit-limit-tokens"] == str(128 * 8)
+            assert int(headers["x-ratelimit-remaining-tokens"]) <= 128 * 8
+            assert headers["x-ratelimit-reset-requests"].endswith("s")
+        assert "x-ratelimit-limit-requests" not in (await client.get("/v1/models")).headers
 
 
 async def _refused_are_no_requests(client: httpx.AsyncClient) -> None:
