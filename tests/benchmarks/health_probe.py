@@ -2,8 +2,8 @@
 
     python -m tests.benchmarks.health_probe PORT SECONDS
 
-Prints the seconds that each answer took as a JSON list. Each question has a connection of its own; the next is
-asked 50 ms after the answer. The process sleeps most of the time, so the scheduler runs it soon after it wakes.
+Prints the seconds that each answer took as a JSON list. Each question has a connection of its own; the next
+is asked 50 ms after the answer. The process sleeps most of the time, so it is run soon after it wakes.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ _QUESTION = b"GET /health/live HTTP/1.1\r\nHost: probe\r\nConnection: close\r\n\
 
 
 def probe(port: int, seconds: float) -> list[float]:
-    """Seconds from the beginning of each connection to its answer's first bytes; inf for no or another answer."""
+    """Seconds from the beginning of each connection to its answer; inf for none or another than 200."""
     took: list[float] = []
     end = time.perf_counter() + seconds
     while time.perf_counter() < end:
@@ -35,4 +35,4 @@ def probe(port: int, seconds: float) -> list[float]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(probe(int(sys.argv[1]), float(sys.argv[2]))))  # noqa: T201
+    print(json.dumps(probe(int(sys.argv[1]), float(sys.argv[2]))))

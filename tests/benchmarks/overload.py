@@ -1,20 +1,20 @@
-"""What becomes of a server that ten times as much is asked of as it can do, client and server on the same cores.
+"""A server that ten times as much is asked of as it can do, with its clients on the same cores.
 
     python -m tests.benchmarks.overload FILE.jsonl                        one round of this checkout, appended
     python -m tests.benchmarks.overload FILE.jsonl --checkout before=DIR  of another checkout's server
     python -m tests.benchmarks.overload FILE.jsonl --table                medians of all rounds, as Markdown
 
-A round starts a server with the embedded model and offers, one after the other: as much as it can do (128 closed
-loops), ten times as many requests a second, the same with clients that come back when they are told to, and ten times
-as many closed loops without a pause. ``--scenario flood`` and ``--scenario pool`` are others. Meanwhile a probe
-asks for ``/health/live``, and the kernel tells how long the processes waited for a core.
+A round starts a server with the embedded model and offers, one after the other: as much as it can do (128
+closed loops), ten times as many requests a second, the same with clients that come back when they are told,
+and ten times as many closed loops as sequences run, without a pause. ``--scenario flood`` is one key's long
+prompts beside another's short ones, ``--scenario pool`` little memory. Meanwhile a probe asks for
+``/health/live``, and the kernel tells how long the processes waited for a core.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
 import tempfile
@@ -25,7 +25,8 @@ from typing import Any
 
 from server.bench.stream_client import Target
 from server.model_source import fetch_default_model
-from tests.benchmarks.overload_client import Clients, run
+from tests.benchmarks.overload_client import Clients, percentiles, run
+from tests.benchmarks.overload_table import table
 from tests.benchmarks.server_process import Server, ServerProcess
 
 _ROOT = Path(__file__).parents[2]
@@ -37,7 +38,17 @@ _TIMES = 10
 def server(checkout: Path, flags: tuple[str, ...]) -> Server:
     """The server of a checkout, whatever is installed."""
     model = str(fetch_default_model())
-    command = (sys.executable, "-m", "server.cli", "serve", model, "--port", "{port}", "--log-level", "warning")
+    command = (
+        sys.executable,
+        "-m",
+        "server.cli",
+        "serve",
+        model,
+        "--port",
+        "{port}",
+        "--log-level",
+        "warning",
+    )
     return Server(
         "inflightd",
         "",
@@ -90,10 +101,8 @@ def measure(checkout: Path, scenario: str, only: str, flags: tuple[str, ...]) ->
             target = Target("127.0.0.1", process.port, api_key=key)
 
             def offer(name: str, *kinds: Clients) -> dict[str, Any]:
-                if only and only not in name:
-                    # The first phase says what the others offer.
-                    if name != "saturation":
-                        return {}
+                if only not in name and name != "saturation":  # which says how much the others offer
+                    return {}
                 found = _offer(process, target, name, kinds, seed=f"{time.time()}")
                 print(json.dumps(found), file=sys.stderr, flush=True)
                 return found
@@ -111,7 +120,13 @@ def _offer(
         times.append(process.times())
 
     def begin() -> None:
-        command = [sys.executable, "-m", "tests.benchmarks.health_probe", str(process.port), str(_WINDOW_S - 1)]
+        command = [
+            sys.executable,
+            "-m",
+            "tests.benchmarks.health_probe",
+            str(process.port),
+            str(_WINDOW_S - 1),
+        ]
         probes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=_ROOT))
         look()
 
@@ -126,65 +141,23 @@ def _offer(
         at_begin=begin,
         at_end=look,
     )
-    health = sorted(1000 * seconds for seconds in json.loads(probes[0].communicate()[0]))
+    health = json.loads(probes[0].communicate()[0])
     counters = {counter: process.metric(counter) - before[counter] for counter in _COUNTERS}
     while process.metric("num_requests_running") or process.metric("num_requests_waiting"):
         time.sleep(0.1)
+    cores, waiting = (
+        {part: (times[1][part][i] - times[0][part][i]) / _WINDOW_S for part in times[0]} for i in (0, 1)
+    )
     return {
         "phase": name,
+        "kinds": [kind.name for kind in kinds],
         **load.figures,
-        "health_ms": {
-            "n": len(health),
-            "p50": round(health[len(health) // 2], 2),
-            "p99": round(health[len(health) * 99 // 100], 2),
-            "max": round(health[-1], 2),
-        },
-        "client_cores": round(load.client_cores, 3),
+        "health_ms": percentiles(1000 * seconds for seconds in health),
+        "client_cores": load.client_cores,
         "counters": counters,
-        "cores": {part: round((cpu - times[0][part][0]) / _WINDOW_S, 3) for part, (cpu, _) in times[1].items()},
-        "waiting": {part: round((wait - times[0][part][1]) / _WINDOW_S, 3) for part, (_, wait) in times[1].items()},
-    }  # fmt: skip
-
-
-def _table(records: list[dict[str, Any]]) -> str:
-    rows: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
-    for record in records:
-        for phase in record["phases"]:
-            for kind in ("clients", "bob", "ann"):
-                if kind in phase:
-                    rows.setdefault((phase["phase"], kind, record["name"]), []).append(phase)
-    lines = [
-        "| phase | clients | server | rounds | offered/s | answers/s | tokens/s | refused | 429 ms p50 | p99 | TTFT ms p50 | p99 "
-        "| retry-after s | tries | /health/live ms p50 | p99 | API cores | its wait | engine cores | client cores | preempted | recomputed % |",
-        "|:--" * 3 + "|--:" * 19 + "|",
-    ]  # fmt: skip
-    for (phase, kind, name), found in rows.items():
-
-        def median(read: Callable[[dict[str, Any]], float | None], form: str = ".0f") -> str:
-            values = [value for one in found if (value := read(one)) is not None]
-            return format(statistics.median(values), form) if values else "-"
-
-        lines.append(
-            f"| {phase} | {kind} | {name} | {len(found)} "
-            f"| {median(lambda p: p[kind]['offered_per_s'])} | {median(lambda p: p[kind]['answers_per_s'], '.1f')} "
-            f"| {median(lambda p: p[kind]['tokens_per_s'])} | {median(lambda p: p[kind]['refused'])} "
-            f"| {median(lambda p: p[kind]['refused_ms'].get('p50'), '.1f')} | {median(lambda p: p[kind]['refused_ms'].get('p99'), '.1f')} "
-            f"| {median(lambda p: p[kind]['ttft_ms'].get('p50'))} | {median(lambda p: p[kind]['ttft_ms'].get('p99'))} "
-            f"| {median(lambda p: p[kind]['retry_after_s'].get('min'))}-{median(lambda p: p[kind]['retry_after_s'].get('max'))} "
-            f"| {median(lambda p: p[kind]['tries_of_answered'], '.2f')} "
-            f"| {median(lambda p: p['health_ms']['p50'], '.1f')} | {median(lambda p: p['health_ms']['p99'], '.1f')} "
-            f"| {median(lambda p: p['cores']['api'], '.2f')} | {median(lambda p: p['waiting']['api'], '.2f')} "
-            f"| {median(lambda p: p['cores']['engine'], '.2f')} | {median(lambda p: p['client_cores'], '.2f')} "
-            f"| {median(lambda p: p['counters']['num_preemptions_total'])} "
-            f"| {median(_recomputed, '.1f')} |"
-        )
-    return "\n".join(lines)
-
-
-def _recomputed(phase: dict[str, Any]) -> float:
-    """Tokens computed again, in percent of those generated."""
-    counters = phase["counters"]
-    return float(100 * counters["recomputed_tokens_total"] / max(1.0, counters["generation_tokens_total"]))
+        "cores": cores,
+        "waiting": waiting,
+    }
 
 
 def _parse() -> argparse.Namespace:
@@ -210,7 +183,7 @@ def main() -> int:
             file.write(json.dumps(record) + "\n")
     lines = arguments.file.read_text().splitlines()
     records = [record for line in lines if (record := json.loads(line))["scenario"] == arguments.scenario]
-    print(_table(records))
+    print(table(records))
     return 0
 
 

@@ -122,10 +122,10 @@ class Seen:
             "answers_per_s": len(whole) / (end - begin),
             "offered_per_s": len(inside) / (end - begin),
             "refused": len(refused),
-            "refused_ms": _percentiles(1000 * a.seconds_to_first_byte for a in refused),
-            "retry_after_s": _percentiles(a.wait for a in refused),
-            "late_ms": _percentiles(1000 * a.late for a in inside),
-            "ttft_ms": _percentiles(
+            "refused_ms": percentiles(1000 * a.seconds_to_first_byte for a in refused),
+            "retry_after_s": percentiles(a.wait for a in refused),
+            "late_ms": percentiles(1000 * a.late for a in inside),
+            "ttft_ms": percentiles(
                 1000 * (a.first_token - a.exchange.start) for a in answered if begin <= a.first_token < end
             ),
             "tries_of_answered": statistics.mean([a.number for a in whole]) if whole else 0,
@@ -243,7 +243,8 @@ async def _send(target: Target, request: bytes, due: float, seen: Seen) -> None:
         due = time.perf_counter()
 
 
-def _percentiles(values: Iterable[float]) -> dict[str, float]:
+def percentiles(values: Iterable[float]) -> dict[str, float]:
+    """How many, the middle, the 99th of a hundred, the least and the greatest; nothing of nothing."""
     ordered = sorted(values)
     if not ordered:
         return {}
@@ -251,4 +252,10 @@ def _percentiles(values: Iterable[float]) -> dict[str, float]:
     def at(percent: int) -> float:
         return round(ordered[min(len(ordered) - 1, len(ordered) * percent // 100)], 3)
 
-    return {"n": len(ordered), "p50": at(50), "p99": at(99), "min": round(ordered[0], 3), "max": round(ordered[-1], 3)}
+    return {
+        "n": len(ordered),
+        "p50": at(50),
+        "p99": at(99),
+        "min": round(ordered[0], 3),
+        "max": round(ordered[-1], 3),
+    }
