@@ -11,6 +11,7 @@ from scheduler.executor import OutOfDeviceMemoryError
 from scheduler.expected_blocks import ExpectedBlocks
 from scheduler.failed_steps import FailedSteps
 from scheduler.grammars import Grammars
+from scheduler.growth_forecast import GrowthForecast
 from scheduler.messages import (
     EngineOutput,
     EngineStats,
@@ -63,6 +64,7 @@ class Scheduler:
         self._pool = BlockPool(config.num_blocks, config.block_size, config.cache_seed)
         self._failed = FailedSteps(config.max_num_seqs)
         self._expected_blocks = ExpectedBlocks(self._pool)
+        self._forecast = GrowthForecast(config.block_size)
         self._waiting = WaitingQueue()
         # In order of admission: a prompt in chunks takes all the budget that is left, so all who decode stand
         # before it and get their token first.
@@ -220,7 +222,8 @@ class Scheduler:
         computing: it is computed once.
 
         A sequence is admitted only if all its tokens would fit, with one block to spare for each running
-        sequence: it would be the first to be preempted when one of them grows, and its work lost.
+        sequence, or as many as they are expected to need: it would be the first to be preempted when one of
+        them grows, and its work lost.
         """
         pool, running, expected = self._pool, self._running, self._expected_blocks
         position = 0
@@ -242,7 +245,12 @@ class Scheduler:
             num_tokens = min(sequence.num_tokens - num_hits, step.budget)
             num_blocks = pool.num_blocks_for(num_hits + num_tokens) - len(hits)
             num_later_blocks = pool.num_blocks_for(sequence.num_tokens) - len(hits) - num_blocks
-            block_ids = pool.allocate(num_blocks, hits, num_later_blocks + len(running))
+            num_spare = num_later_blocks + len(running)
+            # Who is alone is let in, whatever is expected of it: it must get on.
+            if running and self._forecast.is_needed(pool.num_free - num_spare, len(running)):
+                growth = self._forecast.peak((*running, sequence), num_blocks + num_later_blocks)
+                num_spare = max(num_spare, num_later_blocks + growth)
+            block_ids = pool.allocate(num_blocks, hits, num_spare)
             if block_ids is None:
                 return
             self._waiting.remove(sequence)
@@ -409,6 +417,7 @@ class Scheduler:
         self._failed.limits.pop(sequence, None)
         if sequence.has_grammar:
             self._grammars.forget(sequence.request_id)
+        self._forecast.ended(sequence)
         if sequence.is_running:
             self._leave_running(sequence)
         else:

@@ -89,8 +89,10 @@ class Doorman:
         path = target.partition(b"?")[0]
         if method == b"POST" and path in _GENERATING_PATHS:
             by_name = dict(headers)
+            if b"idempotency-key" in by_name:  # what was answered before needs no place
+                return None
             error = self._refusal(by_name)
-            if error is None or b"idempotency-key" in by_name:  # what was answered before needs no place
+            if error is None:
                 return None
             request_id = request_id_of(by_name)
             if path in _TGI_PATHS:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from scheduler.growth_forecast import GrowthForecast
 from server.model_source import fetch_default_model
 
 # Of the reference computations that use the Python package; the runtime of ours says it for itself.
@@ -21,6 +22,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         folder = item.path.parent.name
         item.add_marker(pytest.mark.xdist_group(folder if folder == "end_to_end" else str(item.path)))
+
+
+@pytest.fixture
+def frequent_preemptions(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forecast of what running sequences will need, as if it were wrong."""
+    monkeypatch.setattr(GrowthForecast, "is_needed", lambda *arguments: False)
 
 
 @pytest.fixture(scope="session")

@@ -96,6 +96,7 @@ def test_prefix_hits(executor: Executor, recordings: list[Recording]) -> None:
     _check(results, some + some)
 
 
+@pytest.mark.usefixtures("frequent_preemptions")
 def test_preemptions(executor: Executor, recordings: list[Recording]) -> None:
     # A sequence is admitted with a block to spare, so it takes answers of several blocks to run out of them.
     some = [r for r in recordings if len(r.prompt_token_ids) <= 2 * _BLOCK]

@@ -123,6 +123,7 @@ def test_chunked_and_with_prefix_hits(executor: Executor, recordings: list[Recor
     _check(executor, prompts + prompts, results)
 
 
+@pytest.mark.usefixtures("frequent_preemptions")
 def test_preemptions(executor: Executor, recordings: list[Recording]) -> None:
     prompts = [r.prompt_token_ids for r in recordings if len(r.prompt_token_ids) <= 2 * _BLOCK]
     limited = Limited(executor, max_num_seqs=16, num_blocks=26)

@@ -198,6 +198,7 @@ async def test_what_needs_no_place_is_not_refused() -> None:
                 post("Content-Length: 0", path="/tokenize"),
                 post("Content-Length: 0", path="/v1/messages/count_tokens"),
                 b"POST /health/live HTTP/1.1\r\nHost: x\r\nContent-Length: 0\r\n\r\n",
+                post("Content-Length: 0", "Idempotency-Key: answered before"),
             ):
                 client.send(request)
                 assert (await client.answer())[2] == b"app"

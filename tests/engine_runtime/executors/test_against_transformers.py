@@ -80,6 +80,7 @@ def test_prefix_hits(smollm2_float32: Executor, recordings: list[Recording]) -> 
         assert stats.prefix_cache_hits_total >= full_blocks
 
 
+@pytest.mark.usefixtures("frequent_preemptions")
 def test_forced_preemptions(smollm2_float32: Executor, recordings: list[Recording]) -> None:
     # All prompts of a group are admitted together into a pool that cannot hold their answers too.
     groups = [recordings[:12], recordings[12:24], *(recordings[i : i + 2] for i in range(24, 40, 2))]

@@ -45,6 +45,7 @@ def test_tokens_are_the_same_in_chunks(smollm2_int8: Executor, alone: list[list[
     assert tokens(results) == alone
 
 
+@pytest.mark.usefixtures("frequent_preemptions")
 def test_tokens_are_the_same_after_preemption(smollm2_int8: Executor) -> None:
     prompts = _PROMPTS[2:6]
     alone = [tokens(generate(smollm2_int8, [prompt], 40)[0])[0] for prompt in prompts]
