@@ -51,8 +51,8 @@ async def serving_at(listener: socket.socket, app: FastAPI, **settings: Any) -> 
     """Serves an application with uvicorn on a socket that listens, behind its doorman if it has one."""
     doorman = getattr(app.state, "doorman", None) if isinstance(app, FastAPI) else None
     protocol = functools.partial(HttpProtocol, doorman=doorman)
-    settings = {"http": protocol, "lifespan": "off", "log_config": None, "ws": "none"} | settings
-    server = uvicorn.Server(uvicorn.Config(app, **settings))
+    ours: dict[str, Any] = {"http": protocol, "lifespan": "off", "log_config": None, "ws": "none"}
+    server = uvicorn.Server(uvicorn.Config(app, **ours | settings))
     task = asyncio.create_task(server.serve([listener]))
     while not server.started:  # noqa: ASYNC110 - uvicorn has no event for it
         await asyncio.sleep(0.005)
