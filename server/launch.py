@@ -33,9 +33,6 @@ from server.otlp_settings import TracesError, traces_endpoint
 
 if TYPE_CHECKING:
     from server.http_server import HttpServer
-    from server.service import Service
-    from server.tracing import Traces
-    from server.transport import Ready
 
 _log = logging.getLogger(__name__)
 # A client that takes nothing for so long is gone, as ``sse`` sees it too: the kernel drops what waits for it.
