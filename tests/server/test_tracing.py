@@ -30,7 +30,7 @@ from server.app import create_app
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
-from server.logs import JsonFormatter, TextFormatter
+from server.logs import JsonFormatter, TextFormatter, trace_fields
 from server.otlp_settings import TracesError, parse_endpoint, traces_endpoint
 from server.tokenizer import Tokenizer
 from server.tracing import OtlpTraces, Traces
@@ -248,8 +248,20 @@ async def test_contexts(tokenizer: Tokenizer, header: str, is_followed: bool, is
         assert (line["trace_id"], line["span_id"]) == (f"{context.trace_id:032x}", f"{context.span_id:016x}")
 
 
+def test_lines_of_a_trace_carry_its_ids_in_both_forms() -> None:
+    record = logging.LogRecord("x", logging.INFO, "f", 1, "said", (), None)
+    before = trace_fields.set({"trace_id": TRACE_ID, "span_id": PARENT_ID})
+    try:
+        assert TextFormatter().format(record).endswith(f"x: said trace_id={TRACE_ID} span_id={PARENT_ID}")
+        line = json.loads(JsonFormatter().format(record))
+        assert (line["trace_id"], line["span_id"]) == (TRACE_ID, PARENT_ID)
+    finally:
+        trace_fields.reset(before)
+
+
 def test_lines_without_a_trace_carry_no_ids() -> None:
     record = logging.LogRecord("x", logging.INFO, "f", 1, "said", (), None)
+    trace_fields.set({})
     assert "trace_id" not in JsonFormatter().format(record) + TextFormatter().format(record)
 
 
