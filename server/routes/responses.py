@@ -184,9 +184,11 @@ async def _work(
 async def _body(request: Request) -> bytes:
     """The response as it is now."""
     found = await _found(request)
+    if msgspec.json.decode(found.body)["status"] != "in_progress":
+        return found.body
     if await service_of(request).is_running(found.id):
         return found.body
-    # It may have been running when its server ended.
+    # It is complete by now, or was running when its server ended.
     response = msgspec.json.decode((await _found(request)).body)
     if response["status"] == "in_progress":
         error = {"code": "server_error", "message": "The server ended before the response was complete."}

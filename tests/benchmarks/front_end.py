@@ -1,7 +1,7 @@
 """The front end under load: real HTTP, real line to an engine process, steps that compute nothing.
 
     python -m tests.benchmarks.front_end [--streams 256] [--tokens-per-second 100] [--seconds 10]
-                                         [--idle 2000 | --megabyte-prompts]
+                                         [--idle 2000 | --megabyte-prompts] [--api-workers 1]
 
 Four processes: the API process (the product's own parts), the engine process (its own scheduler and line,
 each step made to take a millisecond and to start so often a second), the client of the streams, and this one,
@@ -19,12 +19,15 @@ import logging
 import multiprocessing
 import os
 import random
+import re
 import resource
+import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -37,6 +40,7 @@ from tests.benchmarks.paced_engine import Pace
 
 _TEXT = " The quick brown fox jumps over the lazy dog, and then it does so again."
 _PROBE_EVERY_S = 0.005
+_ENGINE = "tests.benchmarks.paced_engine"
 _END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 _WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school")
 
@@ -55,24 +59,23 @@ class Usage:
     lags: tuple[float, ...] = ()
 
 
-def serve_api(answers: Connection, config: ServerConfig, pace: Pace) -> None:
+def serve_api(answers: Connection, config: ServerConfig) -> None:
     """Serves until told to stop; tells its port first, then its ``Usage`` whenever it is asked."""
     logging.basicConfig(level=logging.ERROR)  # streams that are cut off at the end are no news
-    uvloop.run(_serve_api(answers, config, pace))
+    uvloop.run((_serve_alone if config.api_workers == 1 else _serve_by_workers)(answers, config))
 
 
-async def _serve_api(answers: Connection, config: ServerConfig, pace: Pace) -> None:
+async def _serve_alone(answers: Connection, config: ServerConfig) -> None:
     from server.api_process import http_server, load_application
     from server.engine_client import ZmqEngineClient
     from server.launch import listen
 
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
-    engine = ZmqEngineClient(
-        config, pace.as_path(), module="tests.benchmarks.paced_engine", on_ready=lambda _: ready.set()
-    )
+    model = fetch_default_model()
+    engine = ZmqEngineClient(config, str(model), module=_ENGINE, on_ready=lambda _: ready.set())
     engine.start()
-    app, _ = await load_application(config, fetch_default_model(), engine, None)
+    app, _ = await load_application(config, model, engine, None)
     server = http_server(config, app)
     listener = listen(config)
     lags: list[float] = []
@@ -100,6 +103,45 @@ async def _serve_api(answers: Connection, config: ServerConfig, pace: Pace) -> N
     await server.serve(sockets=[listener])
     await app.state.service.close()
     await engine.stop()
+
+
+async def _serve_by_workers(answers: Connection, config: ServerConfig) -> None:
+    from server.launch import listen
+    from server.worker_supervisor import WorkerSupervisor
+
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    listener = listen(config)
+    port = listener.getsockname()[1]
+    model = str(fetch_default_model())
+    supervisor = WorkerSupervisor(
+        config, model, listener, module=_ENGINE, on_serving=lambda _: ready.set()
+    )  # fmt: skip
+    running = asyncio.create_task(supervisor.run())
+    await ready.wait()
+    answers.send(port)
+    while await loop.run_in_executor(None, answers.recv) != "stop":
+        async with httpx.AsyncClient() as client:
+            page = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+        tokens = re.search(r"^inflightd:generation_tokens_total\S* (\S+)$", page, re.MULTILINE)
+        assert tokens is not None
+        answers.send(_usage_of_workers(int(float(tokens[1]))))
+    supervisor.end(signal.SIGTERM)
+    supervisor.end(signal.SIGTERM)
+    await running
+
+
+def _usage_of_workers(num_tokens: int) -> Usage:
+    """CPU of all processes that serve, to a hundredth of a second each; the loops' lateness is not known."""
+    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
+    ticks, pages = [0, 0], 0
+    for pid in children:
+        if b"server.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            ticks = [ticks[0] + int(fields[11]), ticks[1] + int(fields[12])]
+            pages += int(fields[21])
+    user, system = (each / os.sysconf("SC_CLK_TCK") for each in ticks)
+    return Usage(user, system, num_tokens, pages * resource.getpagesize())
 
 
 # ---- the client of the streams ----
@@ -284,6 +326,7 @@ class FrontEndLoad:
         tokens_per_second: of each stream.
         seconds: how long the streams go on.
         num_idle: streams that wait for their turn meanwhile.
+        num_workers: API processes.
         has_long_prompts: whether a chat of 1 MB comes every second. Not together with idle ones.
     """
 
@@ -291,6 +334,7 @@ class FrontEndLoad:
     tokens_per_second: float = 100.0
     seconds: float = 10.0
     num_idle: int = 0
+    num_workers: int = 1
     has_long_prompts: bool = False
 
 
@@ -302,13 +346,18 @@ async def measure(load: FrontEndLoad) -> Figures:
     num_tokens = int(load.tokens_per_second * load.seconds)
     text = tokenizer.decode([token_ids[n % len(token_ids)] for n in range(num_tokens)])
     num_places = num_streams + load.has_long_prompts
-    pace = Pace(token_ids, load.tokens_per_second, num_places)
+    Pace(token_ids, load.tokens_per_second, num_places).to_environment()
     config = ServerConfig(
-        port=0, max_queued_requests=num_idle + 1000, max_queued_tokens=2**24, log_level="error"
+        port=0,
+        api_workers=load.num_workers,
+        # Whoever gets how many of them.
+        max_queued_requests=load.num_workers * (num_idle + 1000),
+        max_queued_tokens=2**24,
+        log_level="error",
     )
     spawn = multiprocessing.get_context("spawn")
     api, api_end = spawn.Pipe()
-    server = spawn.Process(target=serve_api, args=(api_end, config, pace))
+    server = spawn.Process(target=serve_api, args=(api_end, config))
     server.start()
     loop = asyncio.get_running_loop()
 
@@ -371,9 +420,10 @@ def report(figures: Figures, num_idle: int) -> str:
         f"bytes a token                   {figures.bytes_a_token:.0f}",
         f"CPU of the API process a token  {figures.user_us + figures.system_us:.1f} us",
         f"  of which in the kernel        {figures.system_us:.1f} us",
-        f"loop lag p50 / p99 / max        {_quantiles(figures.lags)} ms",
         f"ITL p50 / p99 / max             {_quantiles(figures.gaps)} ms",
     ]
+    if figures.lags:
+        lines.append(f"loop lag p50 / p99 / max        {_quantiles(figures.lags)} ms")
     if figures.long_prompts:
         lines.append(f"1 MB prompts                    {len(figures.long_prompts)}")
         lines.append(f"  answered after p50 / p99 / max {_quantiles(figures.long_prompts)} ms")
@@ -404,12 +454,14 @@ def main() -> None:
     beside = parser.add_mutually_exclusive_group()
     beside.add_argument("--idle", type=int, default=0, help="streams that wait for their turn meanwhile")
     beside.add_argument("--megabyte-prompts", action="store_true", help="a chat of 1 MB a second meanwhile")
+    parser.add_argument("--api-workers", type=int, default=1)
     arguments = parser.parse_args()
     load = FrontEndLoad(
         arguments.streams,
         arguments.tokens_per_second,
         arguments.seconds,
         arguments.idle,
+        arguments.api_workers,
         arguments.megabyte_prompts,
     )
     print(report(uvloop.run(measure(load)), load.num_idle))

@@ -103,9 +103,9 @@ def measure(count: int, seconds: float) -> Figures:
     spawn = multiprocessing.get_context("spawn")
     config = ServerConfig(port=0, max_queued_requests=count + 10, queue_timeout=0, log_level="error")
     # One place, and one answer that takes it for ever.
-    pace = Pace((1000,), 2.0, 1, 2**16)
+    Pace((1000,), 2.0, 1, 2**16).to_environment()
     api, api_end = spawn.Pipe()
-    server = spawn.Process(target=serve_api, args=(api_end, config, pace))
+    server = spawn.Process(target=serve_api, args=(api_end, config))
     server.start()
     client, client_end = spawn.Pipe()
     try:

@@ -1,7 +1,7 @@
 """An engine process whose steps compute nothing: a millisecond each, and a given number a second.
 
 ``python -m tests.benchmarks.paced_engine ADDRESS PARENT_ID``. The scheduler, the step loop and the line to
-the API process are the real ones. The model's path is a ``Pace`` as JSON.
+the API process are the real ones. What it does stands in an environment variable, as a ``Pace``.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import os
 import signal
 import sys
 import time
@@ -21,6 +22,7 @@ from server.launch import follow_parent
 from server.transport import EngineEnd, Kind, Ready
 
 STEP_SECONDS = 0.001
+_VARIABLE = "PACED_ENGINE"
 
 
 @dataclass(frozen=True)
@@ -39,12 +41,13 @@ class Pace:
     max_num_seqs: int
     max_model_len: int = 2**19
 
-    def as_path(self) -> str:
-        return json.dumps(dataclasses.asdict(self))
+    def to_environment(self) -> None:
+        """For the engines of all processes that this one starts."""
+        os.environ[_VARIABLE] = json.dumps(dataclasses.asdict(self))
 
     @staticmethod
-    def of_path(path: str) -> Pace:
-        fields = json.loads(path)
+    def from_environment() -> Pace:
+        fields = json.loads(os.environ[_VARIABLE])
         return Pace(**fields | {"token_ids": tuple(fields["token_ids"])})
 
 
@@ -97,8 +100,8 @@ def run(address: str, parent_id: int) -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     end = EngineEnd(address)
     try:
-        _, start = end.receive()
-        executor = PacedExecutor(Pace.of_path(start.model_path))
+        end.receive()
+        executor = PacedExecutor(Pace.from_environment())
         core = EngineCore(executor)
         gc.freeze()
         end.send(Kind.READY, Ready(executor.spec, "none", 0.0))
