@@ -90,7 +90,7 @@ def create_app(
     ):
         app.include_router(routes.router)
     add_error_handlers(app)
-    app.add_middleware(Idempotency)
+    app.add_middleware(Idempotency, service=app.state.service)
     cors = Cors(config.allowed_origins)
     if traces is not None:
         from server.tracing import TraceRequests

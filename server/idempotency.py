@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import re
+import uuid
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
+import msgspec
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from server.api_keys import cache_scope
 from server.errors import ConflictError, InvalidRequestError
 from server.guard import SEND_BODY
 from server.http_protocol import WRITE_CHUNK
+
+if TYPE_CHECKING:
+    from server.service import Service
 
 _KEY = re.compile(rb"[!-~]{1,255}")
 _MAX_ANSWERS = 10_000
@@ -26,12 +32,14 @@ class _Answer:
 
     Attributes:
         digest: of the request's body.
+        claim: tells it from what another API process has under the same key.
         start: its first message; None as long as there is none.
         is_complete: nothing comes any more, and the client has got it all.
         is_kept: ``body`` is all of it.
     """
 
     digest: bytes
+    claim: str = field(default_factory=lambda: uuid.uuid4().hex)
     start: Message | None = None
     body: bytes = b""
     is_complete: bool = False
@@ -60,6 +68,59 @@ class _Answer:
         )
 
 
+class KeptAnswers:
+    """The newest 10,000 answers or 64 MiB of them, each for the name of the key that asked, in memory."""
+
+    def __init__(self) -> None:
+        self._answers: OrderedDict[tuple[str | None, str], _Answer] = OrderedDict()
+        self._num_bytes = 0
+
+    def get(self, name: tuple[str | None, str]) -> _Answer | None:
+        return self._answers.get(name)
+
+    def claim(self, name: tuple[str | None, str], digest: bytes) -> _Answer:
+        """A new answer, which is running until it is settled."""
+        answer = self._answers[name] = _Answer(digest)
+        return answer
+
+    def settle(self, name: tuple[str | None, str], answer: _Answer) -> None:
+        """It is complete, and kept, or has failed, and forgotten."""
+        if not answer.is_complete:
+            del self._answers[name]
+            return
+        self._num_bytes += len(answer.body)
+        for oldest, other in list(self._answers.items()):
+            if len(self._answers) <= _MAX_ANSWERS and self._num_bytes <= _MAX_BYTES:
+                return
+            if other.is_complete:
+                self._num_bytes -= len(other.body)
+                del self._answers[oldest]
+
+    def told(self, question: str) -> bytes:
+        """For another API process (see ``_question``): what is here; nothing if that is the asker's own."""
+        scope, key, claim = msgspec.json.decode(question, type=tuple[str | None, str, str])
+        answer = self._answers.get((scope, key))
+        if answer is None or answer.claim == claim:
+            return b""
+        headers = [] if answer.start is None else [tuple(header) for header in answer.start["headers"]]
+        told = _Told(answer.digest, headers, answer.body, answer.is_complete, answer.is_kept)
+        return msgspec.msgpack.encode(told)
+
+
+class _Told(msgspec.Struct, array_like=True, frozen=True):
+    """An answer on its way to another API process."""
+
+    digest: bytes
+    headers: list[tuple[bytes, bytes]]
+    body: bytes
+    is_complete: bool
+    is_kept: bool
+
+
+def _question(name: tuple[str | None, str], claim: str) -> str:
+    return msgspec.json.encode((*name, claim)).decode()
+
+
 class Idempotency:
     """Wraps an application, inside the guard. Only what is posted with the header comes to know of it.
 
@@ -68,14 +129,13 @@ class Idempotency:
     - The same key with another body or path: 409.
     - Errors and streams that broke off are not kept: the next try is a new one.
 
-    The newest 10,000 answers or 64 MiB of them are kept, each for the name of the key that asked, in the
-    memory of one API process.
+    Of several API processes, each keeps what it has answered, and asks the others before it begins. Two that
+    begin at the same moment both see the other, and both say 409.
     """
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self._app = app
-        self._answers: OrderedDict[tuple[str | None, bytes], _Answer] = OrderedDict()
-        self._num_bytes = 0
+        self._service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key = dict(scope["headers"]).get(b"idempotency-key") if scope["type"] == "http" else None
@@ -88,20 +148,30 @@ class Idempotency:
         if body is None:
             return
         digest = hashlib.sha256(scope["path"].encode() + b"\0" + body).digest()
-        name = (cache_scope.get(), key)
-        known = self._answers.get(name)
+        name = (cache_scope.get(), key.decode())
+        answers = self._service.kept_answers
+        known = answers.get(name)
         if known is not None:
             await _send_again(known, digest, send)
             return
-        answer = self._answers[name] = _Answer(digest)
+        answer = answers.claim(name, digest)
         try:
-            await self._run(scope, body, receive, send, answer)
+            known = await self._elsewhere(_question(name, answer.claim))
+            if known is None:
+                await self._run(scope, body, receive, send, answer)
         finally:
-            if answer.is_complete:
-                self._num_bytes += len(answer.body)
-                self._shrink()
-            else:
-                del self._answers[name]
+            answers.settle(name, answer)
+        if known is not None:
+            await _send_again(known, digest, send)
+
+    async def _elsewhere(self, question: str) -> _Answer | None:
+        """What another API process has."""
+        if self._service.peers.exist:
+            for told in filter(None, await self._service.peers.ask("idempotency", question)):
+                found = msgspec.msgpack.decode(told, type=_Told)
+                start = {"headers": found.headers}
+                return _Answer(found.digest, "", start, found.body, found.is_complete, found.is_kept)
+        return None
 
     async def _run(self, scope: Scope, body: bytes, receive: Receive, send: Send, answer: _Answer) -> None:
         is_unread = True
@@ -125,15 +195,6 @@ class Idempotency:
         if SEND_BODY in scope:
             noted[SEND_BODY] = noting(scope[SEND_BODY])
         await self._app(noted, receive_again, noting(send))
-
-    def _shrink(self) -> None:
-        """Forgets the oldest answers. One that is running is not among so many."""
-        for name, answer in list(self._answers.items()):
-            if len(self._answers) <= _MAX_ANSWERS and self._num_bytes <= _MAX_BYTES:
-                return
-            if answer.is_complete:
-                self._num_bytes -= len(answer.body)
-                del self._answers[name]
 
 
 async def _whole_body(receive: Receive) -> bytes | None:

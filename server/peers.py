@@ -8,7 +8,7 @@ from typing import Literal, Protocol
 
 from server.worker_line import Question, Replies, WorkerLine
 
-Subject = Literal["metrics", "is_running", "cancel"]
+Subject = Literal["metrics", "is_running", "cancel", "idempotency"]
 
 # Somewhat more than the supervisor waits for those it asks.
 _PATIENCE_S = 3.0

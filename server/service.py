@@ -22,6 +22,7 @@ from server.config import ServerConfig
 from server.engine_protocol import EngineClient
 from server.errors import DrainingError, EngineDeadError
 from server.grammar_check import GrammarCheck
+from server.idempotency import KeptAnswers
 from server.json_body import read_json_object
 from server.metric_parts import page
 from server.metrics import Metrics
@@ -57,6 +58,7 @@ class Service:
     responses: ResponseStore
     grammar_check: GrammarCheck
     background: BackgroundResponses = field(default_factory=BackgroundResponses)
+    kept_answers: KeptAnswers = field(default_factory=KeptAnswers)
     peers: Peers = field(default_factory=NoPeers)
     is_draining: bool = False
     takes_requests: bool = True

@@ -150,6 +150,8 @@ async def _answer(line: WorkerLine, asked: Question, service: Service) -> None:
             answer = b"yes" if service.background.is_running(asked.argument) else b""
         case "cancel":
             await service.background.cancel(asked.argument)
+        case "idempotency":
+            answer = service.kept_answers.told(asked.argument)
         case _:
             answer = answer_operator(service, asked.subject, asked.argument)
     line.send(Reply(asked.number, asked.asker, answer))

@@ -132,6 +132,23 @@ def test_a_response_in_the_background_is_found_from_everywhere(server: ServerPro
     server.wait_until("num_requests_running", 0)
 
 
+def test_a_request_that_is_sent_again_is_answered_once_by_all_of_them(server: ServerProcess) -> None:
+    before = server.metric("request_success_total")
+    answers = [
+        httpx.post(
+            f"{server.url}/v1/completions",
+            json=BODY | {"max_tokens": 4},
+            headers={"idempotency-key": "the-same"},
+            timeout=20,
+        )
+        for _ in range(8)  # each on a connection of its own, so at any of them
+    ]
+    assert {answer.status_code for answer in answers} == {200}
+    assert len({answer.content for answer in answers}) == 1
+    assert [answer.headers.get("idempotent-replayed") for answer in answers] == [None] + ["true"] * 7
+    assert server.metric("request_success_total") == before + 1
+
+
 def test_streams_of_all_go_on_when_the_engine_dies(server: ServerProcess, text: str) -> None:
     streams = [stream for each in started(server, 24).values() for stream in each]
     os.kill(server.engine_pid, signal.SIGKILL)

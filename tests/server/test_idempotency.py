@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 
 import httpx
@@ -13,6 +14,7 @@ from scheduler.messages import EngineOutput, FinishReason, Request
 from server.api_keys import api_key
 from server.app import create_app
 from server.config import ServerConfig
+from server.service import Service
 from server.tokenizer import Tokenizer
 from tests.server.http_client import api, chat, serving
 from tests.server.in_process_engine import ScriptedEngine, tokens
@@ -113,6 +115,47 @@ async def test_keys_of_others_are_others_keys(tokenizer: Tokenizer) -> None:
         assert answers[0].content == answers[2].content != answers[1].content
         client.headers["authorization"] = "Bearer wrong"
         assert (await _post(client, "a")).status_code == 401
+
+
+class _Peers:
+    """Two API processes in one: each question goes to both."""
+
+    exist = True
+
+    def __init__(self) -> None:
+        self.services: list[Service] = []
+
+    async def ask(self, subject: str, argument: str = "") -> list[bytes]:
+        assert subject == "idempotency"
+        await asyncio.sleep(0.01)
+        return [service.kept_answers.told(argument) for service in self.services]
+
+
+async def test_several_processes_ask_each_other(tokenizer: Tokenizer) -> None:
+    engine, peers = ScriptedEngine(tokens([28], [29])), _Peers()
+    async with contextlib.AsyncExitStack() as stack:
+        clients = []
+        for _ in range(2):
+            app = create_app(ServerConfig(), engine, tokenizer)
+            app.state.service.peers = peers
+            peers.services.append(app.state.service)
+            port = await stack.enter_async_context(serving(app))
+            url = f"http://127.0.0.1:{port}"
+            clients.append(await stack.enter_async_context(httpx.AsyncClient(base_url=url)))
+        for stream in (False, True):
+            first = await _post(clients[0], f"a{stream}", stream=stream)
+            again = await _post(clients[1], f"a{stream}", stream=stream)
+            assert (again.content, again.headers["idempotent-replayed"]) == (first.content, "true")
+            assert again.headers["content-type"] == first.headers["content-type"]
+            assert _code(await _post(clients[1], f"a{stream}", seed=1)) == "idempotency_key_reused"
+        assert len(engine.requests) == 2
+        both = await asyncio.gather(*(_post(client, "b") for client in clients))
+        assert [response.status_code for response in both].count(200) <= 1
+        assert {_code(response) for response in both if response.status_code != 200} <= {
+            "idempotency_in_progress"
+        }
+        assert (await _post(clients[1], "b")).status_code == 200
+        assert len(engine.requests) == 3
 
 
 async def test_what_is_kept_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
