@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import httpx
+import pytest
+from langchain_core.messages import HumanMessage, ToolMessage
+from langchain_core.tools import tool
 from langchain_openai import ChatOpenAI, OpenAIEmbeddings
+from pydantic import BaseModel, Field
 
 from tests.end_to_end.server_process import ServerProcess
 
@@ -17,7 +21,7 @@ def _chat(server: ServerProcess, **options: object) -> ChatOpenAI:
         base_url=f"{server.url}/v1",
         api_key="none",
         temperature=0,
-        max_completion_tokens=30,
+        max_completion_tokens=60,
         stream_usage=True,
         **options,  # type: ignore[arg-type]
     )
@@ -46,6 +50,45 @@ async def test_async_chats(server: ServerProcess) -> None:
         chat = _chat(server, http_async_client=http)
         pieces = [chunk.text async for chunk in chat.astream(QUESTION)]
     assert "Paris" in "".join(pieces)
+
+
+class Trip(BaseModel):
+    """A journey."""
+
+    city: str = Field(max_length=30)
+    days: int = Field(ge=1, le=9)
+
+
+@pytest.mark.parametrize("method", ["json_schema", "function_calling"])
+def test_structured_output(server: ServerProcess, method: str) -> None:
+    with httpx.Client() as http:
+        chat = _chat(server, http_client=http)
+        trip = chat.with_structured_output(Trip, method=method).invoke("A trip to Rome.")
+    assert isinstance(trip, Trip)
+
+
+@tool
+def get_weather(city: str) -> str:
+    """Tells the weather of a city."""
+    return f"It rains in {city}."
+
+
+def test_tools(server: ServerProcess) -> None:
+    question = HumanMessage("What is the weather in Paris?")
+    with httpx.Client() as http:
+        chat = _chat(server, http_client=http)
+        bound = chat.bind_tools([get_weather], tool_choice="get_weather", strict=True)
+        called = bound.invoke([question])
+        [call] = called.tool_calls  # type: ignore[attr-defined]
+        assert call["name"] == "get_weather"
+        streamed = None
+        for chunk in bound.stream([question]):
+            streamed = chunk if streamed is None else streamed + chunk
+        assert streamed is not None
+        assert [each["args"] for each in streamed.tool_calls] == [call["args"]]  # type: ignore[attr-defined]
+        result = get_weather.invoke(call)
+        assert isinstance(result, ToolMessage)
+        assert chat.invoke([question, called, result]).text
 
 
 def test_embeddings(server: ServerProcess) -> None:
