@@ -47,7 +47,9 @@ def test_chat_completion(server: ServerProcess) -> None:
 
 async def test_tools_forms_and_streams_of_chats(server: ServerProcess) -> None:
     properties = {"city": {"enum": ["Paris", "Rome"]}}
-    schema: dict[str, Any] = {"type": "object", "properties": properties, "required": ["city"]}
+    schema: dict[str, Any] = {
+        "type": "object", "properties": properties, "required": ["city"], "additionalProperties": False,
+    }  # fmt: skip
     tool: Any = {"type": "function", "function": {"name": "get_weather", "parameters": schema}}
     form: Any = {"type": "json_schema", "json_schema": {"name": "place", "schema": schema}}
     messages = [{"role": "user", "content": "What is the weather in Rome?"}]
