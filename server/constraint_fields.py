@@ -16,10 +16,6 @@ class TextFormat(WireModel):
     type: Literal["text"]
 
 
-class JsonObjectFormat(WireModel):
-    type: Literal["json_object"]
-
-
 class NamedSchema(WireModel):
     name: Annotated[str, Field(min_length=1, max_length=64)]
     description: str | None = None
@@ -48,23 +44,6 @@ class StructuralTag(WireModel):
     ]
 
 
-def _tag_of_format(value: Any) -> str | None:
-    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
-    return f"<{kind}>" if kind in ("text", "json_object", "json_schema", "structural_tag") else None
-
-
-ResponseFormat = Annotated[
-    Annotated[TextFormat, Tag("<text>")]
-    | Annotated[JsonObjectFormat, Tag("<json_object>")]
-    | Annotated[JsonSchemaFormat, Tag("<json_schema>")]
-    | Annotated[StructuralTag, Tag("<structural_tag>")],
-    Discriminator(
-        _tag_of_format,
-        **expected("an object whose 'type' is 'text', 'json_object', 'json_schema' or 'structural_tag'"),
-    ),
-]
-
-
 def _tag_of_schema(value: Any) -> str | None:
     if isinstance(value, str):
         return "<text>"
@@ -74,6 +53,43 @@ def _tag_of_schema(value: Any) -> str | None:
 Schema = Annotated[
     Annotated[str, Tag("<text>")] | Annotated[dict[str, Any] | bool, Tag("<object>")],
     Discriminator(_tag_of_schema, **expected("a JSON schema, as an object or as text")),
+]
+
+
+class JsonObjectFormat(WireModel):
+    """TGI, and so Hugging Face's client, gives a schema as ``value``, llama.cpp as ``schema``."""
+
+    type: Literal["json_object", "json"]
+    value: Schema | None = None
+    schema_: Schema | None = Field(None, alias="schema")
+
+
+class RegexFormat(WireModel):
+    """TGI's."""
+
+    type: Literal["regex"]
+    value: str
+
+
+_FORMATS = ("text", "json_object", "regex", "json_schema", "structural_tag")
+
+
+def _tag_of_format(value: Any) -> str | None:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    kind = "json_object" if kind == "json" else kind
+    return f"<{kind}>" if kind in _FORMATS else None
+
+
+ResponseFormat = Annotated[
+    Annotated[TextFormat, Tag("<text>")]
+    | Annotated[JsonObjectFormat, Tag("<json_object>")]
+    | Annotated[RegexFormat, Tag("<regex>")]
+    | Annotated[JsonSchemaFormat, Tag("<json_schema>")]
+    | Annotated[StructuralTag, Tag("<structural_tag>")],
+    Discriminator(
+        _tag_of_format,
+        **expected("an object whose 'type' is 'text', 'json_object', 'json_schema' or 'structural_tag'"),
+    ),
 ]
 Choices = Annotated[list[str], Field(min_length=1, max_length=MAX_CHOICES_OF_ANSWER, fail_fast=True)]
 

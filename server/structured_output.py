@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from server.constraint_fields import (
     JsonObjectFormat,
     JsonSchemaFormat,
+    RegexFormat,
     Schema,
     StructuralTag,
     StructuredOutputs,
@@ -120,8 +121,14 @@ class StructuredOutput:
         match wire.response_format:
             case None | TextFormat():
                 return None
-            case JsonObjectFormat():
+            case JsonObjectFormat(value=None, schema_=None):
                 return json_constraint(_ANY_OBJECT, "response_format")
+            case JsonObjectFormat(value=None, schema_=schema_):
+                return _of_schema("response_format.schema", schema_, None)
+            case JsonObjectFormat(value=value):
+                return _of_schema("response_format.value", value, None)
+            case RegexFormat(value=regex):
+                return _of_regex("response_format.value", regex)
             case JsonSchemaFormat() as given:
                 named = given.json_schema
                 schema = {} if named.schema_ is None else named.schema_

@@ -30,6 +30,10 @@ TAG = {
 # Fields, and what the grammar that they become must contain.
 GOOD: list[tuple[dict[str, Any], str]] = [
     ({"response_format": {"type": "json_object"}}, '"type":"object"'),
+    ({"response_format": {"type": "json_object", "value": SCHEMA}}, '"integer"'),
+    ({"response_format": {"type": "json_object", "schema": SCHEMA}}, '"integer"'),
+    ({"response_format": {"type": "json", "value": json.dumps(SCHEMA)}}, '"integer"'),
+    ({"response_format": {"type": "regex", "value": r"\d+"}}, "[0-9]"),
     (
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA}}},
         '"lenient":true',
@@ -65,6 +69,13 @@ for _ in range(70):
 # Fields, the parameter to blame, the code, and a part of the message.
 BAD: list[tuple[dict[str, Any], str, str, str]] = [
     ({"response_format": {"type": "xml"}}, "response_format", "invalid_type", "json_schema"),
+    ({"response_format": {"type": "regex"}}, "response_format.value", "missing_required_parameter", ""),
+    (
+        {"response_format": {"type": "json_object", "value": {"type": "no such type"}}},
+        "response_format.value",
+        "invalid_json_schema",
+        "",
+    ),
     (
         {"response_format": {"type": "json_schema"}},
         "response_format.json_schema",
