@@ -25,6 +25,9 @@ _CALL: dict[str, Any] = {
     "function": {"name": "f", "arguments": '{"city":"B"}'},
 }
 
+# The first tokens are what the engine of the fuzz answers.
+_RESUME: dict[str, Any] = {"id": "x-1", "created": 1, "seed": 3, "cached_tokens": 0, "token_ids": [28, 29]}
+
 BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}),
     ("/v1/chat/completions", {
@@ -51,6 +54,11 @@ BODIES: list[tuple[str, dict[str, Any]]] = [
     ("/v1/completions", {"prompt": [[1, 2, 3], [4]], "max_tokens": 2, "stream": True}),
     ("/v1/completions", {"prompt": ["A", "B"], "max_tokens": 2, "prompt_logprobs": 1}),
     ("/v1/completions", {"prompt": [5, 6, 7], "max_tokens": 2, "stop": "q"}),
+    ("/v1/completions", {"prompt": "A", "max_tokens": 9, "stream": True, "stop": ["q"], "resume": _RESUME}),
+    ("/v1/chat/completions", {
+        "messages": [{"role": "user", "content": "A"}], "max_tokens": 9, "stream": True, "resume": _RESUME,
+        "tools": [{"type": "function", "function": _TOOL}], "return_token_ids": True,
+    }),
     ("/v1/responses", {
         "input": [
             {"role": "developer", "content": "S"},

@@ -22,6 +22,7 @@ _VERSIONS = (
     "HTTP/1.1", "HTTP/1.0", "HTTP/0.9", "HTTP/2.0", "HTTP/1.9", "HTTP/1.1 ", "http/1.1", "HTTP", "",
 )  # fmt: skip
 _HEADERS = (
+    "Idempotency-Key: k", "Idempotency-Key:", "Idempotency-Key: \xe9", "X-Inflightd-Resumable: true",
     "Content-Length: 0", "Content-Length: 5", "Content-Length: -1", "Content-Length: 1e3",
     "Content-Length: 99999999999999999999", "Content-Length: 5, 5", "Content-Length:",
     "Content-Length : 3", "Transfer-Encoding: chunked", "Transfer-Encoding: gzip",

@@ -104,11 +104,13 @@ def nginx(port: int, replicas: list[Replica], folder: Path) -> Iterator[None]:
             process.terminate()
 
 
-async def _load(soak: Soak, count: int, at_once: int) -> None:
+async def _load(soak: Soak, count: int, at_once: int, end: float) -> None:
     numbers = iter(range(count))
 
     async def work() -> None:
         for number in numbers:
+            if time.monotonic() > end:
+                return
             chance = random.Random(f"{soak.seed} {number}")
             await soak.stream(chance.choice(soak.cases), chance)
             if number % 500 == 499:
@@ -129,8 +131,8 @@ async def _restart_in_turn(replicas: list[Replica], soak: Soak) -> None:
             soak.restarts.append(time.monotonic() - began)
 
 
-async def _run(soak: Soak, replicas: list[Replica], count: int, at_once: int) -> None:
-    load = asyncio.create_task(_load(soak, count, at_once))
+async def _run(soak: Soak, replicas: list[Replica], count: int, at_once: int, end: float) -> None:
+    load = asyncio.create_task(_load(soak, count, at_once, end))
     restarting = asyncio.create_task(_restart_in_turn(replicas, soak))
     await asyncio.wait((load, restarting), return_when=asyncio.FIRST_COMPLETED)
     restarting.cancel()
@@ -149,6 +151,7 @@ def _free_port() -> int:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--requests", type=int, default=5000)
+    parser.add_argument("--minutes", type=float, default=60.0, help="no more requests after that")
     parser.add_argument("--at-once", type=int, default=8)
     parser.add_argument("--pre-stop-seconds", type=int, default=2)
     parser.add_argument("--seed", default="0")
@@ -163,7 +166,8 @@ def main() -> int:
         cases = [answered(case, replicas[0].url) for case in make_cases(16, (2, 8), parsed.seed)]
         soak = Soak(f"http://127.0.0.1:{port}", cases, parsed.seed, cancelled=0.0)
         began = time.monotonic()
-        asyncio.run(_run(soak, replicas, parsed.requests, parsed.at_once))
+        end = began + 60 * parsed.minutes
+        asyncio.run(_run(soak, replicas, parsed.requests, parsed.at_once, end))
         seconds = time.monotonic() - began
         log = (Path(folder) / "error.log").read_text().splitlines()
     for replica in replicas:
