@@ -54,6 +54,8 @@ class BeamStreams:
         searches = [
             asyncio.create_task(self._search(first)) for first in range(0, len(self._requests), self._width)
         ]
+        for task in searches:
+            task.add_done_callback(_take_failure)
         try:
             for search in asyncio.as_completed(searches):
                 yield await search
@@ -133,6 +135,12 @@ class BeamStreams:
             _log.error("request %s: %s: %s", place.request_id, output.finish_reason.value, output.error)
             raise InternalError
         return output
+
+
+def _take_failure(task: asyncio.Task[Batch]) -> None:
+    """When one search has failed, nobody asks for the failures of the others."""
+    if not task.cancelled():
+        task.exception()
 
 
 def _answer(beam: Beam, first: EngineOutput, num_logprobs: int | None) -> EngineOutput:

@@ -15,7 +15,7 @@ from server.admission import Admission
 from server.beam_search import BeamSearch
 from server.beam_streams import BeamStreams
 from server.config import ServerConfig
-from server.errors import DeadlineError
+from server.errors import AbortedError, DeadlineError
 from tests.server.in_process_engine import HashingEngine
 
 Text = tuple[int, ...]
@@ -206,3 +206,30 @@ async def test_its_time_may_be_over() -> None:
         await asyncio.sleep(0.02)
     assert not engine.core.has_work
     assert admission.num_waiting == 0
+
+
+@pytest.mark.parametrize("end", ["leave", "abort"])
+async def test_a_search_that_nobody_waits_for_ends(end: str) -> None:
+    engine = HashingEngine(HashingExecutor(64, 4, vocab_size=9))
+    engine.pause = 0.002
+    admission = Admission(ServerConfig(), engine)
+    requests = [request((1, 2), 100, (), number) for number in range(3)]
+    with admission.admit(requests):
+        batches = BeamStreams(engine, admission, requests, 3, 1.0).batches()
+        waiting = asyncio.ensure_future(anext(batches))
+        while engine.core.stats.steps_total < 5:  # noqa: ASYNC110 - between two of them the engine is idle
+            await asyncio.sleep(0.002)
+        if end == "leave":
+            waiting.cancel()
+            await asyncio.wait((waiting,))
+        else:
+            for each in requests:
+                admission.fail(each.request_id, AbortedError())
+            with pytest.raises(AbortedError):
+                await waiting
+        await batches.aclose()
+    num_steps = engine.core.stats.steps_total
+    await asyncio.sleep(0.03)
+    assert not engine.core.has_work
+    assert engine.core.stats.steps_total <= num_steps + 2
+    engine.core.check_invariants()

@@ -213,5 +213,6 @@ async def test_an_engine_that_fails_a_beam(tokenizer: Tokenizer) -> None:
     def script(request: Request) -> list[EngineOutput]:
         return [EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, error="broken")]
 
-    error = await _post(ScriptedEngine(script), tokenizer, TEXT, use_beam_search=True, n=2)
+    fields: dict[str, Any] = {"use_beam_search": True, "n": 2, "prompt": ["a", "b", "c"]}
+    error = await _post(ScriptedEngine(script), tokenizer, TEXT, **fields)
     assert error["type"] == "server_error"
