@@ -78,8 +78,9 @@ async def test_a_body_of_exactly_the_limit_is_read(port: int) -> None:
 async def test_chunks_of_a_byte(tokenizer: Tokenizer) -> None:
     num_chunks = size(50_000, 1_000_000)
     content = json.dumps(chat("x")).encode().ljust(num_chunks)
+    chunk_of = [_chunk(bytes([byte])) for byte in range(256)]
+    chunks = b"".join([chunk_of[byte] for byte in content]) + b"0\r\n\r\n"
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    chunks = b"".join(_chunk(content[i : i + 1]) for i in range(len(content))) + b"0\r\n\r\n"
     async with serving(create_app(ServerConfig(), ScriptedEngine(tokens([1])), tokenizer)) as port:
         status, _, _ = await exchange(port, post_head("Transfer-Encoding: chunked"), chunks)
     assert status == 200
