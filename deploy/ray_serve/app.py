@@ -60,8 +60,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
     """The endpoint, bound to its replicas. Raises ValidationError if ``arguments`` are no ``Options``."""
     options = Options.model_validate(arguments)
     model = [] if options.model is None else [options.model]
-    replicas = serve.deployment(
-        Replica,
+    replica = serve.deployment(
         name="inflightd",
         max_ongoing_requests=options.max_ongoing_requests,
         ray_actor_options={"num_cpus": options.num_cpus, "num_gpus": options.num_gpus},
@@ -76,17 +75,19 @@ def build(arguments: Mapping[str, Any]) -> Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=options.stop_timeout_s,
         request_router_config=RequestRouterConfig(
-            request_router_class=PrefixRouter,
+            request_router_class=PrefixRouter,  # type: ignore[arg-type]
             request_router_kwargs={"slack": options.slack, "free_load": options.free_load},
         ),
-    ).bind([*model, *options.arguments], options.environment, options.start_timeout_s, options.stop_timeout_s)
+    )(Replica)
     endpoint = serve.deployment(
-        Endpoint,
         name="endpoint",
         num_replicas=options.endpoints,
         # Passing bytes on costs little: the replicas say what is too much.
         max_ongoing_requests=10_000,
         ray_actor_options={"num_cpus": options.endpoint_num_cpus},
         graceful_shutdown_timeout_s=options.stop_timeout_s,
+    )(Endpoint)
+    replicas = replica.bind(
+        [*model, *options.arguments], options.environment, options.start_timeout_s, options.stop_timeout_s
     )
     return endpoint.bind(replicas, options.prefix_chars, options.max_body_bytes)

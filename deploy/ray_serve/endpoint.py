@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator
 from contextlib import aclosing
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, cast
 
 from ray.exceptions import RayActorError
 from starlette.requests import Request
@@ -19,13 +19,13 @@ from server.errors import ApiError, BodyTooLargeError, EngineDeadError
 from server.guard import new_request_id, send_error
 
 if TYPE_CHECKING:
-    from ray.serve.handle import DeploymentHandle
+    from ray.serve.handle import DeploymentHandle, DeploymentResponseGenerator
 
 
 class Endpoint:
     """Serve's ingress. ``PrefixRouter`` chooses the replica of a request; all paths are the daemon's."""
 
-    def __init__(self, replicas: DeploymentHandle, prefix_chars: int, max_body_bytes: int) -> None:
+    def __init__(self, replicas: DeploymentHandle[Any], prefix_chars: int, max_body_bytes: int) -> None:
         self._replicas = replicas.options(stream=True)
         self._prefix_chars = prefix_chars
         self._max_body_bytes = max_body_bytes
@@ -48,7 +48,7 @@ class Endpoint:
 
     async def _ask(self, request: ProxiedRequest) -> Answer:
         """What a replica answers. Closing it ends the request there."""
-        items = self._replicas.answer.remote(request)
+        items = cast("DeploymentResponseGenerator[Any]", self._replicas.answer.remote(request))
         is_complete = False
         try:
             async for item in items:
@@ -59,7 +59,7 @@ class Endpoint:
             yield ReplicaLost("")
         finally:
             if not is_complete:
-                items.cancel()
+                items.cancel()  # type: ignore[no-untyped-call]
 
     async def _body_of(self, request: Request) -> bytes:
         chunks: list[bytes] = []

@@ -22,7 +22,7 @@ _LAST_WORDS_S = 0.5
 class Replica:
     """Starts ``inflightd serve`` where Serve has put it, on the GPUs that Serve has given it."""
 
-    async def __init__(
+    async def __init__(  # type: ignore[misc]  # Serve awaits it
         self,
         arguments: Sequence[str],
         environment: Mapping[str, str],

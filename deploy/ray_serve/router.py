@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
-from ray.serve.request_router import (
+from ray.serve.request_router import (  # type: ignore[attr-defined]
     PendingRequest,
     ReplicaID,
     ReplicaResult,
@@ -23,10 +24,10 @@ class PrefixRouter(RequestRouter):
     router has sent are counted here.
     """
 
-    def initialize_state(self, slack: float, free_load: int) -> None:
-        """Called by Serve with ``request_router_kwargs``."""
-        self._slack = slack
-        self._free_load = free_load
+    def initialize_state(self, **kwargs: Any) -> None:
+        """Called by Serve with ``request_router_kwargs``: ``slack`` and ``free_load`` of ``preference``."""
+        self._slack = float(kwargs["slack"])
+        self._free_load = int(kwargs["free_load"])
         self._num_running: Counter[str] = Counter()
 
     async def choose_replicas(
