@@ -29,6 +29,7 @@ from server.tokenizer import load_tokenizer
 
 T = TypeVar("T")
 
+_LAST_ANSWERS_S = 2.0
 # Of the body; each would ask for more than one text.
 _NOT_HERE = ("n", "best_of", "logprobs", "prompt_logprobs", "echo", "tools", "stream", "stream_options")
 
@@ -139,6 +140,13 @@ class TextService:
             await self._service.close()
         if self._engine is not None:
             await self._engine.stop()
+        # Requests learn that the engine is gone.
+        running = asyncio.all_tasks() - {asyncio.current_task()}
+        if running:
+            await asyncio.wait(running, timeout=_LAST_ANSWERS_S)
+        for task in running:
+            task.cancel()
+        await asyncio.gather(*running, return_exceptions=True)
 
 
 class _TextForm:
