@@ -20,6 +20,7 @@ Answer = AsyncGenerator[ResponseHead | bytes | ReplicaLost, None]
 _log = logging.getLogger("ray.serve")
 
 _RESUMABLE = RESUMABLE_HEADER.encode()
+_IDEMPOTENCY_KEY = b"idempotency-key"
 _MAX_TRIES = 6
 _FIRST_PAUSE_S = 0.1
 # A replica that is busy for longer says so after its own patience; that is the client's to know.
@@ -67,7 +68,12 @@ class Relay:
                 await asyncio.sleep(_FIRST_PAUSE_S * 2 ** (self._num_tries - 1))
             self._num_tries += 1
             if self._stream is not None:
-                self._asked = replace(self._asked, body=self._stream.resumed_body(self._request.body))
+                self._asked = replace(
+                    self._asked,
+                    body=self._stream.resumed_body(self._request.body),
+                    # It is not the request that the key stands for, in a daemon that may know the key.
+                    headers=tuple(pair for pair in self._asked.headers if pair[0] != _IDEMPOTENCY_KEY),
+                )
             async with aclosing(self._ask(self._asked)) as answer, aclosing(self._passed(answer)) as items:
                 async for item in items:
                     yield item

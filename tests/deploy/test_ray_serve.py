@@ -201,6 +201,12 @@ async def test_a_stream_goes_on_at_another_replica(end: ReplicaLost | bytes, num
         assert asked[1].avoided == {"one"}
 
 
+async def test_the_rest_of_a_stream_is_not_what_an_idempotency_key_stands_for() -> None:
+    key = (b"idempotency-key", b"k")
+    _, _, asked = await _relayed([_OK, *_STREAM[:2], ReplicaLost("one")], [_OK, *_STREAM[3:]], headers=(key,))
+    assert [key in request.headers for request in asked] == [True, False]
+
+
 async def test_what_is_lost_before_it_begins_is_asked_again() -> None:
     busy = ResponseHead(503, (), "two")
     head, data, asked = await _relayed(
