@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -19,10 +20,12 @@ import httpx
 import pytest
 
 from tests.end_to_end.server_process import ServerProcess
+from tests.sizes import size
 
 _AUDIT = Path(__file__).parent / "egress_audit"
 # The first and the second sequence fail; then steps of all fail, run out of memory and hang.
 _FAULTS = "sequence:15:nan,sequence:25:raise,step:35:raise,step:45:memory,step:55:sleep=0.3"
+_LAST_FAULT = 55
 _PROMPTS = ("Once upon a time", "The capital of France is", "def fibonacci(n):")
 
 
@@ -39,7 +42,7 @@ class _Hardened:
 
 @pytest.fixture(scope="module")
 def hardened(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Hardened]:
-    """A server without a network, with faults to come: its tests run in their order."""
+    """A server without a network, with faults to come: for the first test."""
     folder = tmp_path_factory.mktemp("hardened")
     (folder / "egress").touch()
     environment = {
@@ -52,6 +55,15 @@ def hardened(smollm2_path: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     prefix = ("unshare", "-rn") if _has_namespaces() else ()
     with ServerProcess(*flags, environment=environment, prefix=prefix) as process:
         yield _Hardened(process, str(folder / "s"), folder / "egress")
+
+
+@pytest.fixture
+async def calm(hardened: _Hardened) -> _Hardened:
+    """The same server, when its faults are over."""
+    async with hardened.client() as client:
+        while (await _series(client, "engine_steps_total"))[0] <= _LAST_FAULT:
+            await client.post("/v1/completions", json=_completion("Hi"))
+    return hardened
 
 
 def _has_namespaces() -> bool:
@@ -118,11 +130,11 @@ async def test_faults_end_the_sequences_at_fault_only(hardened: _Hardened, serve
         assert told in text
 
 
-async def test_without_file_descriptors_streams_go_on(hardened: _Hardened) -> None:
-    pid = hardened.process.process.pid
+async def test_without_file_descriptors_streams_go_on(calm: _Hardened) -> None:
+    pid = calm.process.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_NOFILE)
     num_open = len(os.listdir(f"/proc/{pid}/fd"))
-    async with hardened.client() as client:
+    async with calm.client() as client:
         begun = asyncio.Event()
         stream = asyncio.create_task(_stream(client, _completion("Once upon a time"), begun))
         await begun.wait()
@@ -133,24 +145,24 @@ async def test_without_file_descriptors_streams_go_on(hardened: _Hardened) -> No
                 crowd.append(socket.socket(socket.AF_UNIX))
                 crowd[-1].setblocking(False)
                 with contextlib.suppress(BlockingIOError):
-                    crowd[-1].connect(hardened.uds)
+                    crowd[-1].connect(calm.uds)
             assert len(_text(await stream)) > 100
         finally:
             for one in crowd:
                 one.close()
             resource.prlimit(pid, resource.RLIMIT_NOFILE, before)
-    async with hardened.client() as client:
+    async with calm.client() as client:
         assert (await client.get("/health/live")).status_code == 200
         done = await client.post("/v1/completions", json=_completion("Hi", 3))
         assert done.json()["usage"]["completion_tokens"] == 3
     assert len(os.listdir(f"/proc/{pid}/fd")) <= num_open + 4
 
 
-async def test_on_a_full_disk_answers_come_and_are_not_kept(hardened: _Hardened) -> None:
-    pid = hardened.process.process.pid
+async def test_on_a_full_disk_answers_come_and_are_not_kept(calm: _Hardened) -> None:
+    pid = calm.process.process.pid
     before = resource.prlimit(pid, resource.RLIMIT_FSIZE)
     body = {"input": "Hi", "max_output_tokens": 4}
-    async with hardened.client() as client:
+    async with calm.client() as client:
         kept = (await client.post("/v1/responses", json=body)).json()
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (1, before[1]))
         try:
@@ -165,7 +177,31 @@ async def test_on_a_full_disk_answers_come_and_are_not_kept(hardened: _Hardened)
         assert (await client.get(f"/v1/responses/{later['id']}")).status_code == 200
 
 
-async def test_nothing_goes_to_the_network(hardened: _Hardened) -> None:
+async def test_an_engine_that_is_stopped_goes_on_with_the_same_tokens(calm: _Hardened) -> None:
+    """In the suite it stands still for a moment only; 25 s with full sizes, which the watchdog just bears."""
+    seconds = size(1, 25)
+    engine = calm.process.engine_pid
+    async with calm.client() as client:
+        body = _completion("Once upon a time", 100)
+        alone = (await client.post("/v1/completions", json=body)).json()["choices"][0]["text"]
+        begun = asyncio.Event()
+        stream = asyncio.create_task(_stream(client, body, begun))
+        await begun.wait()
+        os.kill(engine, signal.SIGSTOP)
+        try:
+            await asyncio.sleep(seconds)
+            assert (await client.get("/health/live")).status_code == 200
+            if seconds > 6:
+                assert (await client.get("/health/ready")).status_code == 503
+            assert not stream.done()
+        finally:
+            os.kill(engine, signal.SIGCONT)
+        assert _text(await stream) == alone
+        assert (await client.get("/health/ready")).status_code == 200
+    assert calm.process.engine_pid == engine
+
+
+async def test_nothing_goes_to_the_network(calm: _Hardened) -> None:
     url = "http://169.254.169.254/latest"
     schema = {"name": "s", "strict": True, "schema": {"$ref": url + ".json"}}
     image = [{"type": "image_url", "image_url": {"url": url}}]
@@ -175,16 +211,16 @@ async def test_nothing_goes_to_the_network(hardened: _Hardened) -> None:
         ("Hi", {"model": url}),
         (url, {"max_tokens": 4}),
     ]
-    async with hardened.client() as client:
+    async with calm.client() as client:
         statuses = []
         for content, fields in chats:
             body = {"messages": [{"role": "user", "content": content}], **fields}
             statuses.append((await client.post("/v1/chat/completions", json=body)).status_code)
         assert statuses == [400, 400, 404, 200]
-    assert hardened.egress_log.read_text() == ""
+    assert calm.egress_log.read_text() == ""
     if not _has_namespaces():
         pytest.skip("no network namespaces here: what native code sends was not watched")
-    counted = _counters(hardened.process.read("net/snmp"))
+    counted = _counters(calm.process.read("net/snmp"))
     assert {name: number for name, number in counted.items() if number} == {}
 
 
