@@ -46,7 +46,8 @@ class IncrementalDetokenizer:
             self._table[token] for token in prompt_token_ids
         ):
             self._leading_space = LeadingSpace.KEPT
-        self._hidden = tokenizer.special_token_ids - shown if skip_special_tokens else frozenset[int]()
+        hidden = tokenizer.special_token_ids if skip_special_tokens else frozenset[int]()
+        self._hidden = hidden - shown if shown else hidden  # one for all, as long as nothing is shown
         self._matcher = StopStringMatcher(stop) if stop else None
         self._include_stop = include_stop
         self._bytes = b""  # the start of a character
