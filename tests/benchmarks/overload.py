@@ -81,7 +81,7 @@ def _pool(offer: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
 
 _SCENARIOS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], tuple[str, ...]]] = {
     "overload": (_overload, ()),
-    "flood": (_flood, ("--api-key", "bob:sk-bob,ann:sk-ann")),
+    "flood": (_flood, ("--api-key-file", "KEYS")),
     "pool": (_pool, ("--kv-cache-bytes", "96MiB")),
 }
 _COUNTERS = ("generation_tokens_total", "num_preemptions_total", "recomputed_tokens_total")
@@ -96,6 +96,10 @@ def measure(checkout: Path, scenario: str, only: str, flags: tuple[str, ...]) ->
     phases, own_flags = _SCENARIOS[scenario]
     key = "sk-bob" if scenario == "flood" else None
     with tempfile.TemporaryDirectory() as logs:
+        keys = Path(logs) / "keys"
+        keys.write_text("bob:sk-bob\nann:sk-ann\n")
+        keys.chmod(0o600)
+        own_flags = tuple(str(keys) if flag == "KEYS" else flag for flag in own_flags)
         process = ServerProcess(server(checkout, (*own_flags, *flags)), Path(logs) / "log", api_key=key)
         with process:
             target = Target("127.0.0.1", process.port, api_key=key)
