@@ -18,7 +18,7 @@ from server.config import ServerConfig
 from server.engine_protocol import EngineClient
 from server.http_protocol import HttpProtocol
 from server.http_server import HttpServer
-from server.launch import LaunchError
+from server.listening import LaunchError
 from server.response_database import ResponseDatabaseError
 from server.service import VERSION, Service
 from server.tokenizer import Tokenizer, load_tokenizer

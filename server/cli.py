@@ -80,7 +80,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _serve(parsed: argparse.Namespace) -> int:
-    from server.launch import LaunchError, serve
+    from server.launch import serve
+    from server.listening import LaunchError
     from server.model_source import ModelSourceError
 
     try:

@@ -17,7 +17,8 @@ from pathlib import Path
 from server.admin.operated_workers import answer_operator
 from server.api_process import Ending, http_server, load_application, traces_of
 from server.engine_link import EngineLink
-from server.launch import LaunchError, follow_parent
+from server.launch import follow_parent
+from server.listening import LaunchError
 from server.logs import configure_logging
 from server.peers import WorkerPeers
 from server.service import Service

@@ -13,7 +13,7 @@ from server.admin.admin_app import create_admin_app
 from server.admin.operated_server import OperatedServer
 from server.api_process import http_server
 from server.config import ServerConfig
-from server.launch import url_of
+from server.listening import url_of
 
 _log = logging.getLogger(__name__)
 

@@ -68,7 +68,7 @@ def serve_api(answers: Connection, config: ServerConfig) -> None:
 async def _serve_alone(answers: Connection, config: ServerConfig) -> None:
     from server.api_process import http_server, load_application
     from server.engine_client import ZmqEngineClient
-    from server.launch import listen
+    from server.listening import listen
 
     loop = asyncio.get_running_loop()
     ready = asyncio.Event()
@@ -106,7 +106,7 @@ async def _serve_alone(answers: Connection, config: ServerConfig) -> None:
 
 
 async def _serve_by_workers(answers: Connection, config: ServerConfig) -> None:
-    from server.launch import listen
+    from server.listening import listen
     from server.worker_supervisor import WorkerSupervisor
 
     loop = asyncio.get_running_loop()

@@ -19,7 +19,7 @@ import httpx
 import pytest
 
 from server.config import ServerConfig
-from server.launch import LaunchError, listen
+from server.listening import LaunchError, listen
 from tests.end_to_end.server_process import ServerProcess
 
 LONG = {

@@ -23,7 +23,7 @@ import uvloop
 
 from server.app import create_app
 from server.config import ServerConfig
-from server.launch import listen
+from server.listening import listen
 from server.model_source import fetch_default_model
 from server.tokenizer import Tokenizer, load_tokenizer
 from tests.robustness.fuzz_bodies import AnsweringEngine

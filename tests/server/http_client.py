@@ -18,7 +18,7 @@ from server.app import create_app
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
 from server.http_protocol import HttpProtocol
-from server.launch import listen
+from server.listening import listen
 from server.tokenizer import Tokenizer
 
 MODEL = "smollm2-135m-instruct"

@@ -23,7 +23,7 @@ from server.config import ServerConfig
 from server.cors import Cors
 from server.doorman import Doorman
 from server.http_protocol import HttpProtocol
-from server.launch import listen
+from server.listening import listen
 from tests.server.http_client import serving_at
 from tests.server.in_process_engine import SPEC, ScriptedEngine, tokens
 
