@@ -64,6 +64,7 @@ class Service:
     takes_requests: bool = True
     running: RunningCalls = field(init=False)
     started: int = field(default_factory=lambda: int(time.time()))
+    began: float = field(default_factory=time.monotonic)
 
     def __post_init__(self) -> None:
         self.running = RunningCalls(self.admission)

@@ -70,7 +70,7 @@ class LoneServer:
         service = self._service
         shown = service_status(service)
         shown["waiting"] += self.engine.stats.num_waiting
-        return shared_status(service.config.served_model_names, service.started, self.engine) | shown
+        return shared_status(service.config.served_model_names, service.began, self.engine) | shown
 
     async def take_requests(self, takes: bool) -> None:
         self._service.takes_requests = takes
@@ -86,12 +86,12 @@ class LoneServer:
         self.engine.set_log_level(level)
 
 
-def shared_status(names: tuple[str, ...], started: int, engine: EngineClient) -> dict[str, Any]:
+def shared_status(names: tuple[str, ...], began: float, engine: EngineClient) -> dict[str, Any]:
     """What all API processes of a server have in common."""
     return {
         "version": VERSION,
         "models": names,
-        "uptime_seconds": int(time.time()) - started,
+        "uptime_seconds": int(time.monotonic() - began),
         "is_engine_ready": engine.is_ready,
         "running": engine.stats.num_running,
         "kv_cache_usage": round(engine.stats.kv_cache_usage, 4),

@@ -33,7 +33,7 @@ class OperatedWorkers:
     def __init__(self, supervisor: Supervisor, names: tuple[str, ...]) -> None:
         self._supervisor = supervisor
         self._names = names
-        self._started = int(time.time())
+        self._began = time.monotonic()
         self._takes_requests = True
 
     @property
@@ -43,7 +43,7 @@ class OperatedWorkers:
     async def status(self) -> dict[str, Any]:
         workers = [msgspec.json.decode(answer) for answer in await self._supervisor.ask("status")]
         engine = self.engine
-        return shared_status(self._names, self._started, engine) | {
+        return shared_status(self._names, self._began, engine) | {
             "is_ready": bool(workers) and all(worker["is_ready"] for worker in workers),
             "takes_requests": self._takes_requests,
             "is_shutting_down": any(worker["is_shutting_down"] for worker in workers),
