@@ -30,5 +30,5 @@ def test_every_named_test_exists() -> None:
 
 def test_every_row_names_a_test() -> None:
     rows = [line for line in _PAGE.read_text().splitlines() if line.startswith("|")]
-    rows = [row for row in rows if not row.startswith(("|---", "| what comes", "| fault |"))]
+    rows = [row for row in rows if not row.startswith(("|---", "| what comes", "| fault |", "| test |"))]
     assert [row for row in rows if "::test_" not in row] == []
