@@ -61,7 +61,7 @@ class Usage:
 
 def serve_api(answers: Connection, config: ServerConfig) -> None:
     """Serves until told to stop; tells its port first, then its ``Usage`` whenever it is asked."""
-    logging.basicConfig(level=logging.ERROR)  # streams that are cut off at the end are no news
+    logging.basicConfig(level=logging.CRITICAL)  # streams that are cut off at the end are no news
     uvloop.run((_serve_alone if config.api_workers == 1 else _serve_by_workers)(answers, config))
 
 
@@ -121,11 +121,7 @@ async def _serve_by_workers(answers: Connection, config: ServerConfig) -> None:
     await ready.wait()
     answers.send(port)
     while await loop.run_in_executor(None, answers.recv) != "stop":
-        async with httpx.AsyncClient() as client:
-            page = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
-        tokens = re.search(r"^inflightd:generation_tokens_total\S* (\S+)$", page, re.MULTILINE)
-        assert tokens is not None
-        answers.send(_usage_of_workers(int(float(tokens[1]))))
+        answers.send(_usage_of_workers(int(await metric(port, "generation_tokens_total"))))
     supervisor.end(signal.SIGTERM)
     supervisor.end(signal.SIGTERM)
     await running
@@ -253,7 +249,7 @@ def post(path: str, body: dict[str, Any]) -> bytes:
 
 
 async def hold_idle(port: int, count: int) -> list[asyncio.StreamWriter]:
-    """Opens streams that wait for their turn, and leaves them open."""
+    """Opens streams that wait for their turn, waits until all of them do, and leaves them open."""
     request = post(
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 4},
@@ -263,7 +259,18 @@ async def hold_idle(port: int, count: int) -> list[asyncio.StreamWriter]:
         _, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(request)
         writers.append(writer)
+    while await metric(port, "num_requests_waiting") < count:  # noqa: ASYNC110 - it is another process
+        await asyncio.sleep(0.2)
     return writers
+
+
+async def metric(port: int, name: str) -> float:
+    """The value of a metric of the server."""
+    async with httpx.AsyncClient() as client:
+        page = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
+    found = re.search(rf"^inflightd:{name}\S* (\S+)$", page, re.MULTILINE)
+    assert found is not None, f"{name} is not in /metrics"
+    return float(found[1])
 
 
 async def send_long_prompts(port: int, count: int) -> list[float]:
