@@ -1,7 +1,9 @@
 """LiteLLM against a real server process with the real default model.
 
 Not part of ``make test``: LiteLLM pins versions of openai and huggingface_hub that are older than those the
-other tests use. Install it in an environment of its own, next to this package and pytest, and run this file.
+other tests use. Install it in an environment of its own, next to this package, pytest and its plugins of
+the extra ``dev``, and run this file. It passed on 2026-11-21 with LiteLLM 1.106.2, which brought openai 2.54.0
+and huggingface_hub 1.33.0.
 """
 
 from __future__ import annotations
@@ -11,7 +13,9 @@ import pytest
 from tests.end_to_end.server_process import ServerProcess
 
 litellm = pytest.importorskip(
-    "litellm", reason="litellm needs older versions of other clients; see the file", exc_type=ImportError
+    "litellm",
+    reason="litellm needs older versions of other clients; passed with 1.106.2, see the file",
+    exc_type=ImportError,
 )
 MODEL = "smollm2-135m-instruct"
 QUESTION = [{"role": "user", "content": "Name the capital of France."}]
