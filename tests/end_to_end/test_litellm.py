@@ -2,7 +2,7 @@
 
 Not part of ``make test``: LiteLLM pins versions of openai and huggingface_hub that are older than those the
 other tests use. Install it in an environment of its own, next to this package, pytest and its plugins of
-the extra ``dev``, and run this file. It passed on 2026-11-21 with LiteLLM 1.106.2, which brought openai 2.54.0
+the extra ``dev``, and run this file. It passed on 2026-11-21 with LiteLLM 1.106.2, which has openai 2.54.0
 and huggingface_hub 1.33.0.
 """
 
