@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import subprocess
 import sys
 import tempfile
@@ -176,6 +177,7 @@ def _parse() -> argparse.Namespace:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no server behind
     arguments = _parse()
     if not arguments.table:
         name, _, checkout = arguments.checkout.partition("=")
