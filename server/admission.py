@@ -53,12 +53,15 @@ class _Line:
 
     Attributes:
         waiting: (priority, order, place), a heap. Places that do not wait any more stay until they are first.
+        num_waiting, num_waiting_tokens: those that do, and of their prompts.
         num_held: sequences in the engine.
         unbegun_tokens: of their prompts, as long as they have no token.
         num_calls: calls that are not finished.
     """
 
     waiting: list[tuple[int, int, _Place]] = field(default_factory=list)
+    num_waiting: int = 0
+    num_waiting_tokens: int = 0
     num_held: int = 0
     unbegun_tokens: int = 0
     num_calls: int = 0
@@ -118,13 +121,23 @@ class Admission:
 
     def refusal(self, key: str | None) -> OverloadedError | None:
         """Why no call of ``key``, however small, could be taken now; None if one could."""
-        if self.num_waiting >= self.max_waiting:
+        if self._room(key)[0] < 1:
             return self._refused("requests", self.max_waiting, 0)
         if self._config.max_requests_per_key is not None:
             most, line = self._share(self._config.max_requests_per_key), self._lines.get(key)
             if line is not None and line.num_calls >= most:
                 return self._refused("key", most, 0)
         return None
+
+    def _room(self, key: str | None) -> tuple[int, int]:
+        """Sequences, and tokens of prompts, that may still join the line. A key leaves some to the others."""
+        most, most_tokens = self.max_waiting, self.max_waiting_tokens
+        room, room_tokens = most - self.num_waiting, most_tokens - self.num_waiting_tokens
+        line = self._lines.get(key)
+        if self._has_keys and line is not None and line.num_waiting:
+            room = min(room, max(1, int(most * _KEY_SHARE)) - line.num_waiting)
+            room_tokens = min(room_tokens, int(most_tokens * _KEY_SHARE) - line.num_waiting_tokens)
+        return room, room_tokens
 
     def limits(self) -> dict[str, str]:
         """What a response tells of the line, in the headers that OpenAI has for it."""
@@ -143,11 +156,11 @@ class Admission:
         key = cache_scope.get()
         num_tokens = sum(map(len, {request.prompt_token_ids for request in requests}))
         if self.num_waiting:
-            if self.num_waiting + len(requests) > self.max_waiting:
-                raise self._refused("requests", self.max_waiting, self.max_waiting - self.num_waiting)
-            if self.num_waiting_tokens + num_tokens > self.max_waiting_tokens:
-                left = self.max_waiting_tokens - self.num_waiting_tokens
-                raise self._refused("tokens", self.max_waiting_tokens, left)
+            room, room_tokens = self._room(key)
+            if len(requests) > room:
+                raise self._refused("requests", self.max_waiting, max(0, room))
+            if num_tokens > room_tokens:
+                raise self._refused("tokens", self.max_waiting_tokens, max(0, room_tokens))
         refusal = self.refusal(key)
         if refusal is not None:
             raise refusal
@@ -157,6 +170,8 @@ class Admission:
         for request in requests:
             place = self._places[request.request_id] = _Place(key, share)
             heapq.heappush(line.waiting, (request.priority, next(self._order), place))
+        line.num_waiting += len(requests)
+        line.num_waiting_tokens += share * len(requests)
         self.num_waiting += len(requests)
         self.num_waiting_tokens += share * len(requests)
         deadline = self._set_deadline(requests)
@@ -223,6 +238,9 @@ class Admission:
 
     def _stop_waiting(self, place: _Place) -> None:
         place.is_waiting = False
+        line = self._lines[place.key]
+        line.num_waiting -= 1
+        line.num_waiting_tokens -= place.num_tokens
         self.num_waiting -= 1
         self.num_waiting_tokens -= place.num_tokens
 

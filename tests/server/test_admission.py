@@ -155,6 +155,29 @@ async def test_a_flood_of_high_priority_does_not_starve_other_keys() -> None:
     assert _is_empty(admission)
 
 
+async def test_a_key_that_floods_leaves_room_in_the_line() -> None:
+    gate = _Gate()
+    admission = Admission(replace(KEYS, max_queued_requests=8, max_queued_tokens=1000), gate.engine)
+    flood = [_start(admission, gate, f"a{i}", "ann") for i in range(12)]
+    await _settle()
+    assert admission.num_waiting == 6  # three quarters; six more are in the engine
+    assert admission.refusal("ann") is not None
+    assert admission.refusal("bob") is None
+    for task in flood:
+        task.cancel()
+    await asyncio.gather(*flood, return_exceptions=True)
+    flood = [_start(admission, gate, f"A{i}", "ann", num_tokens=200) for i in range(5)]
+    await _settle()
+    assert admission.num_waiting_tokens == 600  # one is in the engine, the fifth would be over 750
+    flood.append(_start(admission, gate, "b", "bob", num_tokens=390))
+    await _settle()
+    assert gate.ids[-1] == "b"
+    for task in flood:
+        task.cancel()
+    await asyncio.gather(*flood, return_exceptions=True)
+    assert _is_empty(admission)
+
+
 async def test_long_prompts_of_a_key_are_handed_over_bit_by_bit() -> None:
     gate = _Gate()
     admission = Admission(KEYS, gate.engine)
