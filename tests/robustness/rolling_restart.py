@@ -4,8 +4,8 @@
 
 Needs nginx (Debian: nginx-light). A replica gets SIGTERM, takes requests for the pre-stop window while
 /health/ready says 503, finishes its streams, exits with 0, and is started again on its port; then it is the
-other's turn. nginx knows of it by passive checks alone: a refused connection goes to the other replica. Every
-answer is compared, token by token, with that of a quiet replica (``ledger``).
+other's turn. nginx knows nothing of it: what is refused, at the socket or with 503, goes to the other one.
+Every answer is compared, token by token, with that of a quiet replica (``ledger``).
 """
 
 from __future__ import annotations
@@ -91,7 +91,8 @@ class Replica:
 @contextmanager
 def nginx(port: int, replicas: list[Replica], folder: Path) -> Iterator[None]:
     """nginx in front of the replicas until the end of the block."""
-    servers = "\n".join(f"        server 127.0.0.1:{r.port} max_fails=1 fail_timeout=1s;" for r in replicas)
+    # Never taken out: with one of two down, a single 503 of the other would leave none for a while.
+    servers = "\n".join(f"        server 127.0.0.1:{replica.port} max_fails=0;" for replica in replicas)
     config = folder / "nginx.conf"
     config.write_text(_CONFIG.format(folder=folder, servers=servers, port=port))
     program = shutil.which("nginx") or "/usr/sbin/nginx"
