@@ -17,6 +17,7 @@ import pytest
 
 from scheduler.hashing_executor import HashingExecutor
 from server.app import create_app
+from server.logs import set_log_level
 from server.tokenizer import Tokenizer, load_tokenizer
 from tests.server.in_process_engine import HashingEngine
 
@@ -117,6 +118,7 @@ def model(engine: HashingEngine, smollm2_path: Path) -> Iterator[Any]:
         model.initialize({"model_config": json.dumps(config)})
         yield model
         model.finalize()
+        set_log_level("warning")  # of this process, which the model takes for its own
         for name in ("text_service", "model"):
             del sys.modules[name]
 
