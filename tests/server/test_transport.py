@@ -170,8 +170,12 @@ async def test_strangers_on_the_line_disturb_nobody(caplog: pytest.LogCaptureFix
         thread.start()
         try:
             starter.send(Kind.JOIN)
-            request = Request("r", (1, 0, 1), SamplingParams(max_tokens=40))
+            request = Request("r", (1, 0, 1), SamplingParams(max_tokens=120))
             starter.send(Kind.REQUEST, request)
+            num_tokens = 0
+            while not num_tokens:  # or a stranger could be first with the id
+                kind, body = await asyncio.wait_for(starter.receive(), 10)
+                num_tokens += sum(len(output.token_ids) for output in body.outputs)
             garbage = [
                 (pickle.dumps({"a": 1}),),
                 (b"A", pickle.dumps(["r"])),
@@ -192,8 +196,7 @@ async def test_strangers_on_the_line_disturb_nobody(caplog: pytest.LogCaptureFix
                 with socket.socket(socket.AF_UNIX) as raw, contextlib.suppress(OSError):
                     raw.connect(address.removeprefix("ipc://"))
                     raw.sendall(content)
-            num_tokens = 0
-            while num_tokens < 40:
+            while num_tokens < 120:
                 kind, body = await asyncio.wait_for(starter.receive(), 10)
                 assert kind is Kind.OUTPUTS
                 num_tokens += sum(len(output.token_ids) for output in body.outputs)
