@@ -1,10 +1,16 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import multiprocessing
+import os
 import subprocess
+import sys
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -117,6 +123,77 @@ def test_an_unreachable_hub_names_the_alternatives(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
     with pytest.raises(ModelSourceError, match=r"Local alternatives: .*\.gguf"):
         find_model("org/model")
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """As much of the Hub as a download asks for: what there is, and the files."""
+
+    commit = "c0ffee" + "0" * 34
+    files: ClassVar[dict[str, bytes]] = {
+        "config.json": b"{}",
+        "model.safetensors": b"weights" * 1000,
+        "pytorch_model.bin": b"a pickle",
+        "tokenizer.json": b"{}",
+    }
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        name = path.rpartition("/")[2]
+        headers = {"X-Repo-Commit": self.commit}
+        if path.startswith("/api/models/org/model/revision/"):
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in self.files.items()]
+            body = json.dumps({"id": "org/model", "sha": self.commit, "siblings": siblings}).encode()
+        elif path.startswith("/api/models/org/model/tree/"):
+            found = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in self.files.items()
+            ]
+            body = json.dumps(found).encode()
+        else:
+            assert path == f"/org/model/resolve/{self.commit}/{name}"
+            body = self.files[name]
+            headers["ETag"] = f'"{hashlib.sha1(body).hexdigest()}"'
+        self.send_response(200)
+        for key, value in {**headers, "Content-Length": str(len(body))}.items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    do_HEAD = do_GET
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        pass
+
+
+def test_a_model_is_fetched_from_the_hub(tmp_path: Path) -> None:
+    hub = ThreadingHTTPServer(("127.0.0.1", 0), _Hub)
+    thread = threading.Thread(target=hub.serve_forever)
+    thread.start()
+    program = "from server.model_source import find_model; print(find_model('org/model').path)"
+    try:
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            capture_output=True,
+            text=True,
+            timeout=60,
+            env=os.environ
+            | {
+                "HF_ENDPOINT": f"http://127.0.0.1:{hub.server_port}",
+                "HF_HOME": str(tmp_path),
+                "HF_HUB_DISABLE_XET": "1",
+                "NO_PROXY": "127.0.0.1",
+            },
+            check=False,
+        )
+    finally:
+        hub.shutdown()
+        thread.join()
+        hub.server_close()
+    assert done.returncode == 0, done.stderr
+    folder = Path(done.stdout.splitlines()[-1])
+    fetched = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert fetched == {name: data for name, data in _Hub.files.items() if not name.endswith(".bin")}
 
 
 def test_a_hub_model_without_safetensors_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
