@@ -5,26 +5,24 @@ from __future__ import annotations
 import importlib
 from typing import Protocol, cast
 
-import onnx_ir as ir
-
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.architectures import require_architecture
 from engine_runtime.models.segment import DType, Segment, SegmentKind
-from engine_runtime.models.segment_builder import SegmentBuilder
+from engine_runtime.models.segment_builder import SegmentBuilder, Value
 
 
 class _Architecture(Protocol):
     """What the module of an architecture defines."""
 
     def before_attention(
-        self, b: SegmentBuilder, config: ModelConfig, layer: str, residual: ir.Value
-    ) -> ir.Value: ...
+        self, b: SegmentBuilder, config: ModelConfig, layer: str, residual: Value
+    ) -> Value: ...
 
     def after_attention(
-        self, b: SegmentBuilder, config: ModelConfig, layer: str, attention: ir.Value, residual: ir.Value
-    ) -> ir.Value: ...
+        self, b: SegmentBuilder, config: ModelConfig, layer: str, attention: Value, residual: Value
+    ) -> Value: ...
 
-    def logits(self, b: SegmentBuilder, config: ModelConfig, residual: ir.Value) -> ir.Value: ...
+    def logits(self, b: SegmentBuilder, config: ModelConfig, residual: Value) -> Value: ...
 
 
 def build_segment(

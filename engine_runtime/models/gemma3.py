@@ -7,8 +7,6 @@ the original, scale in float32.
 
 from __future__ import annotations
 
-import onnx_ir as ir
-
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.layers import (
     add,
@@ -19,10 +17,10 @@ from engine_runtime.models.layers import (
     qkv_projection,
     rms_norm_float32,
 )
-from engine_runtime.models.segment_builder import SegmentBuilder
+from engine_runtime.models.segment_builder import SegmentBuilder, Value
 
 
-def before_attention(b: SegmentBuilder, config: ModelConfig, layer: str, residual: ir.Value) -> ir.Value:
+def before_attention(b: SegmentBuilder, config: ModelConfig, layer: str, residual: Value) -> Value:
     """[T, H] -> [T, q + 2 kv]."""
     hidden = _norm(b, config, f"{layer}.input_layernorm", residual)
     qkv = qkv_projection(b, config, f"{layer}.self_attn", hidden)
@@ -30,8 +28,8 @@ def before_attention(b: SegmentBuilder, config: ModelConfig, layer: str, residua
 
 
 def after_attention(
-    b: SegmentBuilder, config: ModelConfig, layer: str, attention: ir.Value, residual: ir.Value
-) -> ir.Value:
+    b: SegmentBuilder, config: ModelConfig, layer: str, attention: Value, residual: Value
+) -> Value:
     """[T, q], [T, H] -> [T, H]."""
     hidden = output_projection(b, config, layer, attention)
     hidden = _norm(b, config, f"{layer}.post_attention_layernorm", hidden)
@@ -42,10 +40,10 @@ def after_attention(
     return add(b, f"{layer}.mlp", residual, hidden)
 
 
-def logits(b: SegmentBuilder, config: ModelConfig, residual: ir.Value) -> ir.Value:
+def logits(b: SegmentBuilder, config: ModelConfig, residual: Value) -> Value:
     """[R, H] -> [R, V] float32."""
     return output_logits(b, config, _norm(b, config, "norm", residual))
 
 
-def _norm(b: SegmentBuilder, config: ModelConfig, path: str, x: ir.Value) -> ir.Value:
+def _norm(b: SegmentBuilder, config: ModelConfig, path: str, x: Value) -> Value:
     return rms_norm_float32(b, path, x, config.hidden_size, config.rms_norm_eps)

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import onnx_ir as ir
-
 from engine_runtime.model_config import ModelConfig
-from engine_runtime.models.segment_builder import SegmentBuilder
+from engine_runtime.models.segment_builder import SegmentBuilder, Value
 
 
 def linear(
     b: SegmentBuilder,
     path: str,
-    x: ir.Value,
+    x: Value,
     in_size: int,
     out_size: int,
     *,
     parts: Sequence[str] = (),
     bias: bool = False,
-) -> ir.Value:
+) -> Value:
     """x W^T + bias with W [out, in]: [T, in] -> [T, out].
 
     The transposition is a node of its own: TensorRT makes it a flag of the multiplication, ONNX Runtime
@@ -35,13 +33,13 @@ def linear(
     return b.op("Add", path, y, b.weight(f"{path}.bias", (out_size,), [f"{part}.bias" for part in parts]))
 
 
-def rms_norm(b: SegmentBuilder, path: str, x: ir.Value, size: int, epsilon: float) -> ir.Value:
+def rms_norm(b: SegmentBuilder, path: str, x: Value, size: int, epsilon: float) -> Value:
     """RMSNorm over the last axis (arXiv:1910.07467), normalized in float32, then scaled in the own dtype."""
     weight = b.weight(f"{path}.weight", (size,))
     return b.op("RMSNormalization", path, x, weight, axis=-1, epsilon=epsilon)
 
 
-def rms_norm_float32(b: SegmentBuilder, path: str, x: ir.Value, size: int, epsilon: float) -> ir.Value:
+def rms_norm_float32(b: SegmentBuilder, path: str, x: Value, size: int, epsilon: float) -> Value:
     """RMSNorm over the last axis, also scaled in float32 by a float32 weight."""
     weight = b.weight(f"{path}.weight", (size,), dtype="float32")
     if b.dtype == "float32":
@@ -51,7 +49,7 @@ def rms_norm_float32(b: SegmentBuilder, path: str, x: ir.Value, size: int, epsil
     return b.cast(path, y, b.dtype)
 
 
-def qkv_projection(b: SegmentBuilder, config: ModelConfig, attention: str, hidden: ir.Value) -> ir.Value:
+def qkv_projection(b: SegmentBuilder, config: ModelConfig, attention: str, hidden: Value) -> Value:
     """Queries, keys and values of all heads by one multiplication: [T, H] -> [T, q + 2 kv]."""
     return linear(
         b,
@@ -65,8 +63,8 @@ def qkv_projection(b: SegmentBuilder, config: ModelConfig, attention: str, hidde
 
 
 def norm_query_key_heads(
-    b: SegmentBuilder, config: ModelConfig, attention: str, qkv: ir.Value, *, in_float32: bool = False
-) -> ir.Value:
+    b: SegmentBuilder, config: ModelConfig, attention: str, qkv: Value, *, in_float32: bool = False
+) -> Value:
     """RMSNorm of each query head and each key head: [T, q + 2 kv] -> the same."""
     norm = rms_norm_float32 if in_float32 else rms_norm
     num_q, num_kv = config.num_attention_heads, config.num_key_value_heads
@@ -80,25 +78,25 @@ def norm_query_key_heads(
     return b.op("Reshape", path, heads, b.constant(f"{path}/shape", [0, config.qkv_size]))
 
 
-def output_projection(b: SegmentBuilder, config: ModelConfig, layer: str, attention: ir.Value) -> ir.Value:
+def output_projection(b: SegmentBuilder, config: ModelConfig, layer: str, attention: Value) -> Value:
     """[T, q] -> [T, H]."""
     path = f"{layer}.self_attn.o_proj"
     return linear(b, path, attention, config.q_size, config.hidden_size, bias=config.has_o_bias)
 
 
-def silu(b: SegmentBuilder, path: str, x: ir.Value) -> ir.Value:
+def silu(b: SegmentBuilder, path: str, x: Value) -> Value:
     """x sigmoid(x)."""
     return b.op("Mul", path, x, b.op("Sigmoid", path, x))
 
 
-def gelu_tanh(b: SegmentBuilder, path: str, x: ir.Value) -> ir.Value:
+def gelu_tanh(b: SegmentBuilder, path: str, x: Value) -> Value:
     """GELU by its tanh approximation (arXiv:1606.08415)."""
     return b.op("Gelu", path, x, approximate="tanh")
 
 
 def gated_mlp(
-    b: SegmentBuilder, config: ModelConfig, layer: str, hidden: ir.Value, activation: str = "silu"
-) -> ir.Value:
+    b: SegmentBuilder, config: ModelConfig, layer: str, hidden: Value, activation: str = "silu"
+) -> Value:
     """down(activation(gate(x)) * up(x)) (arXiv:2002.05202): [T, H] -> [T, H].
 
     Gate and up are one multiplication.
@@ -126,12 +124,12 @@ def gated_mlp(
     )
 
 
-def add(b: SegmentBuilder, path: str, residual: ir.Value, x: ir.Value) -> ir.Value:
+def add(b: SegmentBuilder, path: str, residual: Value, x: Value) -> Value:
     """The residual connection."""
     return b.op("Add", f"{path}.residual", residual, x)
 
 
-def output_logits(b: SegmentBuilder, config: ModelConfig, hidden: ir.Value) -> ir.Value:
+def output_logits(b: SegmentBuilder, config: ModelConfig, hidden: Value) -> Value:
     """[R, H] -> [R, V] float32, capped if the model says so (arXiv:2408.00118)."""
     logits = linear(b, "lm_head", hidden, config.hidden_size, config.vocab_size)
     if b.dtype != "float32":

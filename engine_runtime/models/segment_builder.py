@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NewType
 
+import ml_dtypes
 import numpy as np
-import onnx_ir as ir
-from onnx_ir import tape
+import onnx
+from onnx import TensorProto, helper, numpy_helper
 
 from engine_runtime.models.segment import DType, Segment, SegmentKind, WeightInput
 
 OPSET = 24
 _IR_VERSION = 11
 _DATA_TYPES = {
-    "float32": ir.DataType.FLOAT,
-    "float16": ir.DataType.FLOAT16,
-    "bfloat16": ir.DataType.BFLOAT16,
+    "float32": TensorProto.FLOAT,
+    "float16": TensorProto.FLOAT16,
+    "bfloat16": TensorProto.BFLOAT16,
 }
+_NUMPY_TYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+Value = NewType("Value", str)
+"""A tensor of the graph: its name."""
 
 
 class SegmentBuilder:
@@ -33,29 +39,25 @@ class SegmentBuilder:
         self.dtype = dtype
         self._kind = kind
         self._num_tokens = num_tokens
-        self._tape = tape.Tape()
-        self._inputs: list[ir.Value] = []
-        self._outputs: list[ir.Value] = []
-        self._weight_values: list[ir.Value] = []
+        self._nodes: list[onnx.NodeProto] = []
+        self._inputs: list[onnx.ValueInfoProto] = []
+        self._outputs: dict[str, onnx.ValueInfoProto] = {}
+        self._weight_inputs: list[onnx.ValueInfoProto] = []
         self._weights: list[WeightInput] = []
-        self._constants: dict[str, ir.Value] = {}
+        self._constants: dict[str, onnx.TensorProto] = {}
 
-    def input(self, name: str, width: int) -> ir.Value:
+    def input(self, name: str, width: int) -> Value:
         """A graph input [tokens, width]."""
-        value = ir.val(name, _DATA_TYPES[self.dtype], self._token_shape(width))
-        self._inputs.append(value)
-        return value
+        self._inputs.append(self._tokens_by(name, width, self.dtype))
+        return Value(name)
 
-    def output(self, name: str, value: ir.Value, width: int, dtype: DType | None = None) -> None:
-        """Makes ``value`` a graph output [tokens, width]."""
-        value.name = name
-        value.dtype = _DATA_TYPES[dtype or self.dtype]
-        value.shape = ir.Shape(self._token_shape(width))
-        self._outputs.append(value)
+    def output(self, name: str, value: Value, width: int, dtype: DType | None = None) -> None:
+        """Makes ``value``, which a node computes, a graph output [tokens, width]."""
+        self._outputs[value] = self._tokens_by(name, width, dtype or self.dtype)
 
     def weight(
         self, path: str, shape: tuple[int, ...], parts: Sequence[str] = (), dtype: DType | None = None
-    ) -> ir.Value:
+    ) -> Value:
         """A weight as a graph input.
 
         Args:
@@ -63,65 +65,69 @@ class SegmentBuilder:
             parts: paths of the checkpoint's weights that are concatenated to this one; by default ``path``.
         """
         dtype = dtype or self.dtype
-        value = ir.val(path, _DATA_TYPES[dtype], shape)
-        self._weight_values.append(value)
+        self._weight_inputs.append(helper.make_tensor_value_info(path, _DATA_TYPES[dtype], shape))
         sources = tuple(_checkpoint_name(part) for part in parts or (path,))
         self._weights.append(WeightInput(path, shape, sources, dtype))
-        return value
+        return Value(path)
 
-    def constant(self, name: str, values: Sequence[int] | float, dtype: DType | None = None) -> ir.Value:
+    def constant(self, name: str, values: Sequence[int] | float, dtype: DType | None = None) -> Value:
         """A list of int64 (a shape, say), or a scalar of ``dtype``."""
         if name not in self._constants:
-            if isinstance(values, Sequence):
-                tensor = ir.tensor(np.asarray(values, dtype=np.int64), name=name)
-            else:
-                tensor = ir.tensor(values, dtype=_DATA_TYPES[dtype or self.dtype], name=name)
-            self._constants[name] = ir.Value(
-                name=name, type=ir.TensorType(tensor.dtype), shape=tensor.shape, const_value=tensor
-            )
-        return self._constants[name]
+            is_list = isinstance(values, Sequence)
+            array = np.asarray(values, np.int64 if is_list else _NUMPY_TYPES[dtype or self.dtype])
+            self._constants[name] = numpy_helper.from_array(array, name)
+        return Value(name)
 
     def op(
-        self, op_type: str, path: str, *inputs: ir.Value, **attributes: int | float | str | list[int]
-    ) -> ir.Value:
+        self, op_type: str, path: str, *inputs: Value, **attributes: int | float | str | list[int]
+    ) -> Value:
         """Adds a node ``path/op_type`` and returns its only output."""
         name = f"{path}/{op_type}"
-        value = self._tape.op(op_type, inputs, attributes, name=name)
-        value.name = name
-        return value
+        self._nodes.append(helper.make_node(op_type, inputs, [name], name, **attributes))
+        return Value(name)
 
     def split(
-        self, path: str, value: ir.Value, count: int, sizes: Sequence[int] | None = None, axis: int = -1
-    ) -> list[ir.Value]:
+        self, path: str, value: Value, count: int, sizes: Sequence[int] | None = None, axis: int = -1
+    ) -> list[Value]:
         """Cuts ``value`` into ``count`` pieces along ``axis``, equal ones unless ``sizes`` are given."""
         name = f"{path}/Split"
+        pieces = [Value(f"{name}.{i}") for i in range(count)]
         if sizes is None:
-            inputs, attributes = [value], {"axis": axis, "num_outputs": count}
+            node = helper.make_node("Split", [value], pieces, name, axis=axis, num_outputs=count)
         else:
-            inputs, attributes = [value, self.constant(f"{name}/sizes", sizes)], {"axis": axis}
-        pieces = list(self._tape.op_multi_out("Split", inputs, attributes, num_outputs=count, name=name))
-        for i, piece in enumerate(pieces):
-            piece.name = f"{name}.{i}"
+            lengths = self.constant(f"{name}/sizes", sizes)
+            node = helper.make_node("Split", [value, lengths], pieces, name, axis=axis)
+        self._nodes.append(node)
         return pieces
 
-    def cast(self, path: str, value: ir.Value, dtype: DType) -> ir.Value:
+    def cast(self, path: str, value: Value, dtype: DType) -> Value:
         return self.op("Cast", path, value, to=int(_DATA_TYPES[dtype]))
 
     def build(self) -> Segment:
         """Makes the graph from everything added so far. To be called once."""
-        graph = ir.Graph(
-            [*self._inputs, *self._weight_values],
-            self._outputs,
-            nodes=self._tape.nodes,
-            initializers=list(self._constants.values()),
-            opset_imports={"": OPSET},
-            name=self._kind,
+        for node in self._nodes:
+            for names in (node.input, node.output):
+                for i, name in enumerate(names):
+                    if name in self._outputs:
+                        names[i] = self._outputs[name].name
+        graph = helper.make_graph(
+            self._nodes,
+            self._kind,
+            [*self._inputs, *self._weight_inputs],
+            list(self._outputs.values()),
+            list(self._constants.values()),
         )
-        model = ir.to_proto(ir.Model(graph, ir_version=_IR_VERSION, producer_name="inflightd"))
+        model = helper.make_model(
+            graph,
+            ir_version=_IR_VERSION,
+            producer_name="inflightd",
+            opset_imports=[helper.make_opsetid("", OPSET)],
+        )
         return Segment(self._kind, self.dtype, self._num_tokens, model, tuple(self._weights))
 
-    def _token_shape(self, width: int) -> list[int | str]:
-        return ["num_tokens" if self._num_tokens is None else self._num_tokens, width]
+    def _tokens_by(self, name: str, width: int, dtype: DType) -> onnx.ValueInfoProto:
+        tokens = "num_tokens" if self._num_tokens is None else self._num_tokens
+        return helper.make_tensor_value_info(name, _DATA_TYPES[dtype], [tokens, width])
 
 
 def _checkpoint_name(path: str) -> str:
