@@ -47,6 +47,7 @@ class EngineCore:
                 max_model_len=spec.max_model_len,
                 vocab_size=spec.vocab_size,
                 cache_seed=spec.model_id,
+                attention_parity=spec.attention_parity,
             ),
             self._grammars,
         )

@@ -354,6 +354,9 @@ class ExecutorSpec:
         max_num_batched_tokens: tokens in one step at most.
         device: one line for humans, such as ``cpu (2 threads, int8)``.
         embedding_size: numbers in the vector that ``pooling`` gives; 0 if this executor does not do it.
+        attention_parity: tokens of context to which attending takes as long as all else that is done for a
+            token of a prompt: deep in a long prompt, steps get fewer tokens so that they take no longer. 0 if
+            that is not known.
     """
 
     model_id: str
@@ -365,3 +368,4 @@ class ExecutorSpec:
     max_num_batched_tokens: int
     device: str
     embedding_size: int = 0
+    attention_parity: int = 0

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from dataclasses import dataclass, field
 
 from scheduler.block_pool import BlockPool
 from scheduler.executor import OutOfDeviceMemoryError
@@ -25,18 +24,11 @@ from scheduler.messages import (
 )
 from scheduler.scheduler_config import SchedulerConfig
 from scheduler.sequence import Sequence
+from scheduler.step import Step
 from scheduler.waiting_queue import WaitingQueue
 
-
-@dataclass(slots=True)
-class _Step:
-    """A step while it is put together."""
-
-    budget: int
-    shares: dict[Sequence, ScheduledSequence] = field(default_factory=dict)
-    new: list[NewSequence] = field(default_factory=list)
-    has_preempted: bool = False
-    is_retry: bool = False
+# So many of the queue are passed over, behind a prompt that is cut, by who fits beside it.
+_MAX_PASSED = 16
 
 
 class Scheduler:
@@ -66,8 +58,7 @@ class Scheduler:
         self._expected_blocks = ExpectedBlocks(self._pool)
         self._forecast = GrowthForecast(config.block_size)
         self._waiting = WaitingQueue()
-        # In order of admission: a prompt in chunks takes all the budget that is left, so all who decode stand
-        # before it and get their token first.
+        # In order of admission. A prompt that is cut leaves a token of the budget for each behind it.
         self._running: list[Sequence] = []
         self._sequences: dict[str, Sequence] = {}  # waiting and running
         self._in_flight: deque[list[Sequence]] = deque()
@@ -124,7 +115,9 @@ class Scheduler:
         """The next step, or None if there is nothing to compute (before the steps in flight are done)."""
         for request, error in self._grammars.take_prepared():
             self._enqueue(request, error)
-        step = _Step(self._config.max_num_batched_tokens, is_retry=bool(self._failed.limits))
+        config = self._config
+        is_retry = bool(self._failed.limits)
+        step = Step(config.max_num_batched_tokens, config.attention_parity, is_retry=is_retry)
         self._fill(step)
         if step.is_retry and not step.shares:
             step.is_retry = False
@@ -132,7 +125,7 @@ class Scheduler:
         if not step.shares:
             return None
         self._num_issued_steps += 1
-        self._num_scheduled_tokens += self._config.max_num_batched_tokens - step.budget
+        self._num_scheduled_tokens += step.num_tokens
         self._in_flight.append(list(step.shares))
         released, self._released = self._released, []
         forced, self._forced = self._forced, {}
@@ -145,17 +138,20 @@ class Scheduler:
             self._grammars.masks(step.shares.values()),
         )
 
-    def _fill(self, step: _Step) -> None:
+    def _fill(self, step: Step) -> None:
         self._schedule_running(step)
         if not step.has_preempted:
             self._admit(step)
+        self._extend_cut(step)
 
-    def _may_join(self, sequence: Sequence, step: _Step) -> bool:
+    def _may_join(self, sequence: Sequence, step: Step) -> bool:
         return self._failed.allows(sequence, step.shares, is_retry=step.is_retry)
 
-    def _schedule_running(self, step: _Step) -> None:
+    def _schedule_running(self, step: Step) -> None:
         block_size, failed = self._config.block_size, self._failed.limits
+        num_behind = len(self._running)
         for sequence in tuple(self._running):
+            num_behind -= 1
             if not step.budget:
                 return
             if not sequence.is_running:  # preempted a moment ago, for one before it
@@ -167,8 +163,8 @@ class Scheduler:
             if sequence.has_grammar and sequence.num_tokens > len(sequence.token_ids):
                 continue  # what may come next depends on a token in flight
             num_tokens = sequence.num_tokens - sequence.num_computed_tokens
-            if num_tokens > step.budget:
-                num_tokens = step.budget
+            if num_tokens > 1:
+                num_tokens = step.chunk(sequence, num_tokens, sequence.num_computed_tokens, num_behind)
             end = sequence.num_computed_tokens + num_tokens
             new_block_ids: tuple[int, ...] = ()
             if end > len(sequence.block_ids) * block_size:
@@ -177,7 +173,21 @@ class Scheduler:
                     continue
             self._take(sequence, num_tokens, new_block_ids, step)
 
-    def _make_room(self, sequence: Sequence, num_tokens: int, step: _Step) -> tuple[int, ...]:
+    def _extend_cut(self, step: Step) -> None:
+        """Gives the sequence that was cut what nobody else has a use for."""
+        sequence = step.cut
+        if sequence is None or sequence not in step.shares:
+            return
+        share = step.shares[sequence]
+        num_tokens = step.num_for_cut(share, sequence.num_tokens - share.start)
+        num_blocks = self._pool.num_blocks_for(share.start + num_tokens) - len(sequence.block_ids)
+        block_ids = self._pool.allocate(num_blocks)
+        if num_tokens > share.num_tokens and block_ids is not None:
+            sequence.block_ids += block_ids
+            sequence.num_computed_tokens = share.start
+            self._take(sequence, num_tokens, (*share.new_block_ids, *block_ids), step)
+
+    def _make_room(self, sequence: Sequence, num_tokens: int, step: Step) -> tuple[int, ...]:
         """New blocks, so that the sequence has room for this many tokens; preempts the newest as needed.
 
         Empty if the sequence itself was the newest. The oldest is never preempted: it ends up alone, and then
@@ -192,23 +202,19 @@ class Scheduler:
         sequence.block_ids += block_ids
         return tuple(block_ids)
 
-    def _take(self, sequence: Sequence, num_tokens: int, new_block_ids: tuple[int, ...], step: _Step) -> None:
+    def _take(self, sequence: Sequence, num_tokens: int, new_block_ids: tuple[int, ...], step: Step) -> None:
         start = sequence.num_computed_tokens
         end = start + num_tokens
         samples = end == sequence.num_tokens
         sequence.num_computed_tokens = end
         if samples:
             sequence.num_tokens = end + 1
-        step.budget -= num_tokens
-        step.shares[sequence] = ScheduledSequence(
-            sequence.request_id, start, num_tokens, new_block_ids, samples
-        )
+        step.put(sequence, ScheduledSequence(sequence.request_id, start, num_tokens, new_block_ids, samples))
 
-    def _preempt(self, sequence: Sequence, step: _Step) -> None:
+    def _preempt(self, sequence: Sequence, step: Step) -> None:
         """Sends a running sequence back to the queue. What it has in flight still counts when it arrives."""
-        share = step.shares.pop(sequence, None)
+        share = step.take_back(sequence)
         if share is not None:
-            step.budget += share.num_tokens
             sequence.num_tokens -= share.samples
         step.has_preempted = True
         self._num_preemptions += 1
@@ -217,16 +223,16 @@ class Scheduler:
         self._leave_running(sequence)
         self._waiting.add(sequence)
 
-    def _admit(self, step: _Step) -> None:
+    def _admit(self, step: Step) -> None:
         """Moves sequences from the queue into the step, in order, but for those whose prefix somebody else is
-        computing: it is computed once.
+        computing: it is computed once. Behind a prompt that is cut only those whose tokens all fit.
 
         A sequence is admitted only if all its tokens would fit, with one block to spare for each running
         sequence, or as many as they are expected to need: it would be the first to be preempted when one of
         them grows, and its work lost.
         """
         pool, running, expected = self._pool, self._running, self._expected_blocks
-        position = 0
+        position = num_passed = 0
         while step.budget and position < len(self._waiting) and len(running) < self._failed.max_running:
             sequence = self._waiting[position]
             if expected.is_awaited(sequence):
@@ -242,7 +248,15 @@ class Scheduler:
                 position += 1
                 continue
             num_hits = len(hits) * pool.block_size
-            num_tokens = min(sequence.num_tokens - num_hits, step.budget)
+            num_tokens = sequence.num_tokens - num_hits
+            if step.cut is None:
+                num_tokens = step.chunk(sequence, num_tokens, num_hits)
+            elif not step.fits(num_tokens, num_hits):
+                num_passed += 1
+                if num_passed == _MAX_PASSED:
+                    return
+                position += 1
+                continue
             num_blocks = pool.num_blocks_for(num_hits + num_tokens) - len(hits)
             num_later_blocks = pool.num_blocks_for(sequence.num_tokens) - len(hits) - num_blocks
             num_spare = num_later_blocks + len(running)
@@ -253,6 +267,7 @@ class Scheduler:
             block_ids = pool.allocate(num_blocks, hits, num_spare)
             if block_ids is None:
                 return
+            step.is_shared = step.cut not in (None, sequence)
             self._waiting.remove(sequence)
             running.append(sequence)
             sequence.is_running = True

@@ -11,7 +11,7 @@ from scheduler.messages import Request
 class SchedulerConfig:
     """Limits of the device (see ``ExecutorSpec``). ``cache_seed`` names the model in the prefix cache.
 
-    Raises ValueError unless all numbers are positive.
+    Raises ValueError unless all numbers are positive (``attention_parity`` may be 0).
     """
 
     num_blocks: int
@@ -21,11 +21,13 @@ class SchedulerConfig:
     max_model_len: int
     vocab_size: int
     cache_seed: str = ""
+    attention_parity: int = 0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            if name != "cache_seed" and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+            least = 0 if name == "attention_parity" else 1
+            if name != "cache_seed" and getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 
     @property
     def max_num_tokens(self) -> int:

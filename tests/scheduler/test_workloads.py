@@ -51,6 +51,7 @@ class Workload:
     max_num_batched_tokens: int
     max_model_len: int
     max_in_flight: int
+    attention_parity: int
     requests: tuple[Request, ...]
     arrivals: tuple[int, ...]
     aborts: tuple[tuple[int, int], ...]
@@ -65,6 +66,7 @@ class Workload:
             max_num_batched_tokens=self.max_num_batched_tokens,
             max_model_len=self.max_model_len,
             max_in_flight=self.max_in_flight,
+            attention_parity=self.attention_parity,
             fail_at_steps=self.fail_at_steps,
             invalid_at_steps=self.invalid_at_steps,
         )
@@ -119,6 +121,7 @@ def workloads(
         max_num_batched_tokens=draw(st.sampled_from([1, 3, 8, 24, 64])),
         max_model_len=draw(st.sampled_from([12, 32, 64])),
         max_in_flight=draw(st.integers(1, 2)),
+        attention_parity=draw(st.sampled_from([0, 0, 0, 3, 30])),
         requests=named,
         arrivals=tuple(arrivals),
         aborts=tuple(draw(st.lists(abort, max_size=5))) if has_aborts else (),
@@ -157,6 +160,7 @@ def heavy_workload(seed: int) -> Workload:
         max_num_batched_tokens=rng.choice([4, 16, 64]),
         max_model_len=80,
         max_in_flight=rng.choice([1, 2]),
+        attention_parity=rng.choice([0, 0, 10]),
         requests=requests,
         arrivals=tuple(index // 2 for index in range(len(requests))),
         aborts=tuple((rng.randrange(120), rng.randrange(len(requests))) for _ in range(len(requests) // 6)),
@@ -211,9 +215,14 @@ class WatchingExecutor:
         for new in step.new:
             self.known[new.request_id] = new.token_ids
             self.computed[new.request_id] = new.num_computed_tokens
+        cut = next((share.request_id for share in step.scheduled if not share.samples), None)
         for other in waiting:
-            is_overtaken = any(self.orders[name] > self.orders[other] for name in admitted)
-            assert not is_overtaken or self._awaits_prefix(other), "not the first in line"
+            later = {name for name in admitted if self.orders[name] > self.orders[other]}
+            if not later or self._awaits_prefix(other):
+                continue
+            # Behind a prompt that is cut there is room only for who fits whole.
+            assert cut is not None, "not the first in line"
+            assert cut not in later, "not the first in line"
         for share in step.scheduled:
             # With two steps in flight, this one may not be done when the next is scheduled.
             done = share.start + (share.num_tokens if self.max_in_flight == 1 else 0)
@@ -243,10 +252,23 @@ class WatchingExecutor:
 
     def _check_progress(self, step: SchedulerOutput) -> None:
         scheduled = {share.request_id for share in step.scheduled}
-        incomplete = [share.request_id for share in step.scheduled if not share.samples]
-        assert incomplete in ([], [step.scheduled[-1].request_id]), "a chunk is followed by somebody else"
+        incomplete = [share for share in step.scheduled if not share.samples]
+        assert len(incomplete) <= 1, "two prompts are cut"
         budget = self.spec.max_num_batched_tokens
-        if step.num_tokens < budget or budget >= self.spec.max_num_seqs:
+        parity = self.spec.attention_parity
+        cost = sum(
+            share.num_tokens * (1 + share.start / parity)
+            if parity and share.num_tokens > 1
+            else share.num_tokens
+            for share in step.scheduled
+        )
+        assert cost <= budget + 1e-6, "more work than a step may have"
+        if incomplete and not parity:
+            position = step.scheduled.index(incomplete[0])
+            left = budget - sum(share.num_tokens for share in step.scheduled[:position])
+            least = max(1, min(left // 4, left - len(self.alive)))
+            assert incomplete[0].num_tokens >= least, "starves behind short ones"
+        if budget >= self.spec.max_num_seqs or (step.num_tokens < budget and not parity):
             for name in set(self.alive) - self.finished - scheduled:
                 assert self.alive[name] == self.limits[name], f"{name} was passed over"
         for new in step.new:

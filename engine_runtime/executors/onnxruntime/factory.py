@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from engine_runtime.executors.attention_parity import attention_parity
 from engine_runtime.executors.memory_plan import MemoryPlan, make_plan
 from engine_runtime.executors.onnxruntime.cpu_limits import (
     available_memory,
@@ -40,6 +41,7 @@ _KV_SHARE = 0.3  # of the memory that is available, unless the user says how muc
 _DEFAULT_SEQS = 64
 _DEFAULT_BATCHED_TOKENS = 512
 _DEFAULT_BLOCK_SIZE = 16
+_ATTENTION_SLOWNESS = 3.0  # beside int8 products, on a Xeon with AMX
 _LEAST_ROWS = 64  # rows of logits in one run; prompts with logprobs need one a token
 
 
@@ -111,6 +113,7 @@ def create_cpu_executor(
         max_num_batched_tokens=_max_tokens(config),
         device=f"cpu ({num_threads} thread{'s' if num_threads > 1 else ''}, {dtype})",
         embedding_size=model.hidden_size,
+        attention_parity=attention_parity(model, _ATTENTION_SLOWNESS),
     )
     report("sampler", 0, 1)
     executor = OnnxRuntimeExecutor(spec, session, embedding, max_rows=_max_rows(config))

@@ -9,6 +9,7 @@ from contextlib import ExitStack
 from typing import Literal
 
 from engine_runtime.cuda import CudaDevice, CudaError, NoDeviceError, Stream
+from engine_runtime.executors.attention_parity import attention_parity
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError, make_plan
 from engine_runtime.executors.tensorrt.batch import DeviceBatch, StepInputs
 from engine_runtime.executors.tensorrt.buckets import largest_step
@@ -37,6 +38,7 @@ from scheduler.messages import (
 _logger = logging.getLogger(__name__)
 _DEFAULT_SEQS = 256
 _DEFAULT_BATCHED_TOKENS = 4096
+_ATTENTION_SLOWNESS = 1.6  # 650 TFLOP/s of products and 400 of attention to a prompt, on an H200
 _LEAST_ROWS = 64  # of logits in one run; prompts with logprobs need one a token
 _GRAPHS_AND_CODE_BYTES = 256 << 20
 _KV_ATTEMPTS = 4
@@ -257,6 +259,7 @@ def _create(
         max_num_seqs=max_seqs,
         max_num_batched_tokens=max_tokens,
         device=f"{device.properties.name} ({', '.join(kinds)})",
+        attention_parity=attention_parity(model, _ATTENTION_SLOWNESS),
     )
     executor = TensorRTExecutor(spec, device, stream, decoder, batch, inputs, sampler, builds)
     report("first step", 0, 1)
