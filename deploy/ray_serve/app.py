@@ -75,7 +75,7 @@ def build(arguments: Mapping[str, Any]) -> Application:
         health_check_timeout_s=10,
         graceful_shutdown_timeout_s=options.stop_timeout_s,
         request_router_config=RequestRouterConfig(
-            request_router_class=PrefixRouter,  # type: ignore[arg-type]
+            request_router_class=PrefixRouter,
             request_router_kwargs={"slack": options.slack, "free_load": options.free_load},
         ),
     )(Replica)

@@ -59,7 +59,7 @@ class Endpoint:
             yield ReplicaLost("")
         finally:
             if not is_complete:
-                items.cancel()  # type: ignore[no-untyped-call]
+                items.cancel()
 
     async def _body_of(self, request: Request) -> bytes:
         chunks: list[bytes] = []

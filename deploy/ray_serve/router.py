@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from ray.serve.request_router import (  # type: ignore[attr-defined]
+from ray.serve.request_router import (
     PendingRequest,
     ReplicaID,
     ReplicaResult,
