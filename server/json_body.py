@@ -19,14 +19,19 @@ from server.errors import InvalidJsonError, InvalidRequestError, UnsupportedMedi
 OFF_LOOP_BYTES = 256 * 1024
 
 
+def parse_json(data: bytes, subject: str, param: str | None = None) -> Any:
+    """Raises InvalidJsonError about ``subject``, saying where it stops being JSON."""
+    try:
+        return jiter.from_json(data, allow_inf_nan=True, catch_duplicate_keys=True)
+    except ValueError as error:
+        raise InvalidJsonError(f"{subject} is not valid JSON: {_reason(error)}.", param=param) from None
+
+
 def parse_json_object(body: bytes) -> dict[str, Any]:
-    """Raises InvalidJsonError, saying where the body stops being JSON."""
+    """A request body. Raises InvalidJsonError, saying where it stops being JSON."""
     if not body:
         raise InvalidJsonError("The request body is empty; it must be a JSON object.")
-    try:
-        value = jiter.from_json(body, allow_inf_nan=True, catch_duplicate_keys=True)
-    except ValueError as error:
-        raise InvalidJsonError(f"The request body is not valid JSON: {_reason(error)}.") from None
+    value = parse_json(body, "The request body")
     if not isinstance(value, dict):
         kind = "an array" if isinstance(value, list) else "a single value"
         raise InvalidJsonError(f"The request body must be a JSON object, not {kind}.")

@@ -40,6 +40,12 @@ class TritonError:
         self.message, self.code = message, code
 
 
+class Logger:
+    @staticmethod
+    def log_error(message: str) -> None:
+        print(message)
+
+
 class InferenceResponse:
     def __init__(self, output_tensors: list[Tensor] | None = None, error: TritonError | None = None) -> None:
         self.outputs = {tensor.name: tensor.values[0] for tensor in output_tensors or []}
@@ -95,6 +101,7 @@ def model(engine: HashingEngine, smollm2_path: Path) -> Iterator[Any]:
     utils = ModuleType("triton_python_backend_utils")
     vars(utils).update(
         Tensor=Tensor,
+        Logger=Logger,
         TritonError=TritonError,
         InferenceResponse=InferenceResponse,
         TritonModelException=RuntimeError,
@@ -156,18 +163,62 @@ def test_chats_and_other_fields_are_those_of_the_api(ask: Callable[..., Request]
     ("inputs", "message"),
     [
         ({"temperature": 9.0}, "'temperature'"),
-        ({"sampling_parameters": "{"}, "not JSON"),
+        ({"sampling_parameters": "{"}, "'sampling_parameters' is not valid JSON"),
+        ({"sampling_parameters": '{"user": "\\ud800"}'}, "'sampling_parameters' is not valid JSON"),
+        ({"sampling_parameters": '{"seed": 1' + "0" * 30 + "}"}, "'seed'"),
+        ({"sampling_parameters": '{"top_p": NaN}'}, "'top_p'"),
         ({"sampling_parameters": "[]"}, "must be a JSON object"),
         ({"sampling_parameters": '{"logprobs": 1}'}, "'logprobs' is not supported here"),
         ({"messages": "[]"}, "either 'text_input' or 'messages'"),
         ({"max_tokens": 500}, "max_tokens"),
     ],
-    ids=["range", "json", "object", "field", "both", "context"],
+    ids=["range", "json", "surrogate", "integer", "nan", "object", "field", "both", "context"],
 )
 def test_errors_are_the_apis(ask: Callable[..., Request], inputs: dict[str, Any], message: str) -> None:
     error = ask(**{"text_input": "One", **inputs}).error
     assert message in error.message
     assert error.code == TritonError.INVALID_ARG
+
+
+def test_several_texts_are_refused(ask: Callable[..., Request]) -> None:
+    error = ask(sampling_parameters='{"prompt": ["One", "Two"]}').error
+    assert "'prompt' must be one text" in error.message
+    assert error.code == TritonError.INVALID_ARG
+
+
+def test_a_request_that_cannot_be_read_takes_no_other_along(model: Any) -> None:
+    broken, sound = Request(text_input="One", max_tokens=[]), Request(text_input="One", max_tokens=1)
+    model.execute([broken, sound])
+    assert broken.has_ended.wait(10)
+    assert broken.error.code == TritonError.INTERNAL
+    assert sound.has_ended.wait(10)
+    assert sound.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("--nonsense 1", "unrecognized arguments: --nonsense"),
+        ("--port", "expected one argument"),
+        ("--port x", "--port: 'x' is not a whole number"),
+        ("--model 'x", "No closing quotation"),
+    ],
+)
+def test_wrong_arguments_are_said_and_end_nothing(model: Any, arguments: str, message: str) -> None:
+    config = {"parameters": {"arguments": {"string_value": arguments}}}
+    with pytest.raises(RuntimeError, match=f"inflightd cannot start: .*{message}"):
+        type(model)().initialize({"model_config": json.dumps(config)})
+
+
+def test_a_start_that_fails_leaves_nothing_running(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def start(self: Any) -> None:
+        raise OSError("no file descriptors")
+
+    service = sys.modules["text_service"].TextService("--log-level error")
+    monkeypatch.setattr(type(service), "_start", start)
+    with pytest.raises(OSError, match="descriptors"):
+        service.start()
+    assert not service._thread.is_alive()
 
 
 def test_an_engine_that_is_not_there_is_unavailable(

@@ -188,7 +188,7 @@ def test_chats_and_parameters_are_those_of_the_http_api(triton: Triton) -> None:
     ("inputs", "message"),
     [
         ({"text_input": "a", "temperature": 9.0}, "temperature"),
-        ({"text_input": "a", "sampling_parameters": "{"}, "not JSON"),
+        ({"text_input": "a", "sampling_parameters": "{"}, "not valid JSON"),
         ({"text_input": "a", "sampling_parameters": '{"n": 2}'}, "'n' is not supported here"),
         ({"text_input": "a", "messages": "[]"}, "either 'text_input' or 'messages'"),
         ({}, "either 'text_input' or 'messages'"),

@@ -21,6 +21,7 @@ import triton_python_backend_utils as pb_utils  # noqa: E402
 from text_service import Ending, TextService  # noqa: E402
 
 from server.errors import ApiError, InternalError, InvalidJsonError  # noqa: E402
+from server.json_body import parse_json  # noqa: E402
 
 _CANCELLATION_POLL_S = 0.05
 # Input tensors and the fields of a body that they set.
@@ -45,7 +46,7 @@ class TritonPythonModel:
             sender = request.get_response_sender()
             try:
                 fields, is_stream = _fields_of(request)
-            except ApiError as error:
+            except Exception as error:  # the other requests are to be answered whatever is wrong with one
                 _fail(sender, error)
                 continue
             self._service.submit(self._answer(fields, is_stream, sender))
@@ -89,7 +90,7 @@ def _fields_of(request: Any) -> tuple[dict[str, Any], bool]:
     fields: dict[str, Any] = {}
     given = _text(request, "sampling_parameters")
     if given:
-        fields = _json(given[0], "sampling_parameters")
+        fields = parse_json(given[0].encode(), "'sampling_parameters'", param="sampling_parameters")
         if not isinstance(fields, dict):
             raise InvalidJsonError(
                 "'sampling_parameters' must be a JSON object.", param="sampling_parameters"
@@ -103,7 +104,7 @@ def _fields_of(request: Any) -> tuple[dict[str, Any], bool]:
     if text := _text(request, "text_input"):
         fields["prompt"] = text[0]
     if messages := _text(request, "messages"):
-        fields["messages"] = _json(messages[0], "messages")
+        fields["messages"] = parse_json(messages[0].encode(), "'messages'", param="messages")
     stream = pb_utils.get_input_tensor_by_name(request, "stream")
     return fields, stream is not None and bool(stream.as_numpy().reshape(-1)[0])
 
@@ -116,13 +117,6 @@ def _text(request: Any, name: str) -> list[str]:
         return [bytes(each).decode() for each in tensor.as_numpy().reshape(-1)]
     except UnicodeDecodeError:
         raise InvalidJsonError(f"'{name}' is not UTF-8.", param=name) from None
-
-
-def _json(text: str, name: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError):
-        raise InvalidJsonError(f"'{name}' is not JSON.", param=name) from None
 
 
 def _response(text: str, ending: Ending | None = None) -> Any:

@@ -5,20 +5,19 @@ from __future__ import annotations
 import argparse
 import asyncio
 import dataclasses
+import json
 import shlex
 import threading
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from concurrent.futures import Future
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Any, TypeVar
-
-import msgspec
+from typing import Any, NoReturn, TypeVar
 
 from server.answer import Usage
 from server.app import create_app
 from server.choice import Choice
-from server.config import add_arguments, config_from
+from server.config import ConfigError, ServerConfig, add_arguments, config_from
 from server.engine_client import ZmqEngineClient
 from server.errors import EngineDeadError, InvalidRequestError, UnsupportedParameterError
 from server.logs import configure_logging
@@ -58,9 +57,7 @@ class TextService:
         Raises:
             ConfigError, ModelSourceError: they are wrong.
         """
-        parser = argparse.ArgumentParser(exit_on_error=False)
-        add_arguments(parser)
-        config = config_from(parser.parse_args(shlex.split(arguments)))
+        config = _config_of(arguments)
         self._source = find_model(config.model)
         names = config.served_model_name or (self._source.name,)
         self._config = dataclasses.replace(config, served_model_name=names)
@@ -70,10 +67,14 @@ class TextService:
         self._engine: ZmqEngineClient | None = None
 
     def start(self) -> None:
-        """Returns when the engine takes requests. Raises StartError."""
+        """Returns when the engine takes requests. Raises StartError; nothing is left running then."""
         configure_logging(self._config.log_level, self._config.log_format)
         self._thread.start()
-        self.submit(self._start()).result()
+        try:
+            self.submit(self._start()).result()
+        except BaseException:
+            self.stop()
+            raise
 
     def submit(self, work: Coroutine[Any, Any, T]) -> Future[T]:
         """Has the loop run something."""
@@ -106,7 +107,9 @@ class TextService:
             raise EngineDeadError("the engine is not ready")
         service.admission.check()
         validate = service.validator.chat if "messages" in fields else service.validator.completion
-        call = await validate(fields, len(msgspec.json.encode(fields)))
+        call = await validate(fields, len(json.dumps(fields)))
+        if len(call.requests) != 1:
+            raise UnsupportedParameterError("'prompt' must be one text here.", param="prompt")
         form = _TextForm()
         async with aclosing(service.answer_to(call, form).events()) as pieces:
             async for piece in pieces:
@@ -147,6 +150,23 @@ class TextService:
         for task in running:
             task.cancel()
         await asyncio.gather(*running, return_exceptions=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Raises where a command would end with its usage: this process is Triton's."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message)
+
+
+def _config_of(arguments: str) -> ServerConfig:
+    parser = _Parser(add_help=False)
+    add_arguments(parser)
+    try:
+        words = shlex.split(arguments)
+    except ValueError as error:
+        raise ConfigError(f"the arguments cannot be read: {error}") from None
+    return config_from(parser.parse_args(words))
 
 
 class _TextForm:
