@@ -19,18 +19,21 @@ class Options(BaseModel):
     """What can be set, as ``name=value`` or as ``args`` of a Serve config file.
 
     Attributes:
-        model: as for ``inflightd serve``; None: the embedded default. arguments: more of ``inflightd
-        serve``; not an address, which is a unix socket. environment: variables of the daemons; keys belong
-        here or into the cluster's own environment. min_replicas, max_replicas: Serve moves between them, so
-        that a replica has ``target_ongoing_requests``. max_ongoing_requests: of a replica; more wait in the
-        endpoint. The daemon has a line of its own, so that
-            this is what it runs at a time and a good part of that line.
+        model: as for ``inflightd serve``; None: the embedded default.
+        arguments: more of ``inflightd serve``; not an address, which is a unix socket.
+        environment: variables of the daemons; keys belong here or into the cluster's own environment.
+        min_replicas, max_replicas: Serve moves between them, so that a replica has
+            ``target_ongoing_requests``.
+        max_ongoing_requests: of a replica; more wait in the endpoint. The daemon has a line of its own, so
+            that this is what it runs at a time and a good part of that line.
+        upscale_delay_s, downscale_delay_s: for how long there must be too many or too few before Serve moves.
         num_cpus, num_gpus: of a replica, as Ray counts them.
         prefix_chars: so many characters of a prompt decide where it goes.
         slack, free_load: see ``prefix_routing.preference``.
         start_timeout_s: until a daemon takes requests.
         stop_timeout_s: for requests to finish when a replica is taken away.
-        endpoints: processes that pass bytes on.
+        endpoints, endpoint_num_cpus: processes that pass bytes on, and what Ray counts for each.
+        max_body_bytes: of a request; a larger one is refused before a replica sees it.
     """
 
     model_config = ConfigDict(extra="forbid")

@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import httpx
 
+from deploy.ray_serve.messages import ProxiedRequest
+
 # The daemon does not outlive this process, however that ends.
 _PROGRAM = """\
 import sys
@@ -57,16 +59,22 @@ class Daemon:
 
     async def start(self, timeout_s: float) -> None:
         """Starts the process and waits until it takes requests. Raises DaemonLostError."""
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", _PROGRAM, str(os.getpid()), "serve", *self._arguments,
-            "--uds", self._socket, stdin=asyncio.subprocess.DEVNULL, env=self._environment,
-        )  # fmt: skip
+        try:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-c", _PROGRAM, str(os.getpid()), "serve", *self._arguments,
+                "--uds", self._socket, stdin=asyncio.subprocess.DEVNULL, env=self._environment,
+            )  # fmt: skip
+            await self._become_ready(timeout_s)
+        except BaseException:
+            await self.stop(grace_s=0.0)
+            raise
+
+    async def _become_ready(self, timeout_s: float) -> None:
         try:
             async with asyncio.timeout(timeout_s):
                 while not await self.is_ready():  # noqa: ASYNC110 - a process has no event for it
                     await asyncio.sleep(_POLL_S)
         except TimeoutError:
-            await self.stop(grace_s=0.0)
             raise DaemonLostError(f"inflightd serve was not ready within {timeout_s:g} s") from None
 
     async def is_ready(self) -> bool:
@@ -84,6 +92,17 @@ class Daemon:
             raise DaemonLostError("the daemon wants a key for /health/ready: set INFLIGHTD_PROBE_KEY to one")
         return response.status_code == 200
 
+    def request(self, proxied: ProxiedRequest) -> httpx.Request:
+        """What to send for a client: its target as it was written, whatever httpx would make of it."""
+        return httpx.Request(
+            proxied.method,
+            self.client.base_url,
+            # The body may be another than the client's; httpx writes its length.
+            headers=[pair for pair in proxied.headers if pair[0] != b"content-length"],
+            content=proxied.body,
+            extensions={"target": proxied.target},
+        )
+
     async def ended(self) -> int:
         """Waits for the end of the process, which has been started; returns its exit status."""
         assert self._process is not None
@@ -91,7 +110,6 @@ class Daemon:
 
     async def stop(self, grace_s: float) -> None:
         """Ends the process: lets requests finish for so many seconds at most."""
-        await self.client.aclose()
         process = self._process
         if process is not None and process.returncode is None:
             process.terminate()
@@ -100,4 +118,5 @@ class Daemon:
             except TimeoutError:
                 process.kill()
                 await process.wait()
+        await self.client.aclose()
         self._folder.cleanup()

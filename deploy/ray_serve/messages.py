@@ -50,12 +50,16 @@ class ReplicaLost:
 
 
 def end_to_end(headers: Headers) -> Headers:
-    """The headers that are for the other end, their names in lower case."""
-    lowered = tuple((name.lower(), value) for name, value in headers)
+    """The headers that are for the other end: names in lower case, values without the blanks around them.
+
+    A parser may leave blanks behind a value, which must not be sent on (RFC 9112, 5.1).
+    """
+    lowered = [(name.lower(), value.strip(b" \t")) for name, value in headers]
     listed = {
         name.strip().lower()
         for header, value in lowered
         if header == b"connection"
         for name in value.split(b",")
     }
-    return tuple((name, value) for name, value in lowered if name not in _OF_CONNECTION | listed)
+    left = _OF_CONNECTION | listed
+    return tuple((name, value) for name, value in lowered if name not in left)

@@ -27,19 +27,14 @@ def prefix_of(body: bytes, max_chars: int) -> bytes | None:
     """
     try:
         fields = json.loads(body)
-    except (ValueError, RecursionError):
+        if not isinstance(fields, dict):
+            return None
+        text = _beginning(fields, max_chars)
+    except (ValueError, RecursionError):  # the daemon says what is wrong
         return None
-    if not isinstance(fields, dict):
-        return None
-    text = ""
-    for name in _BEGINNINGS:
-        for piece in _pieces(_up_to_user(fields.get(name))):
-            text += piece[: max_chars - len(text)] + "\0"
-            if len(text) >= max_chars:
-                break
     if not text.strip("\0"):
         return None
-    return f"{fields.get('cache_salt') or ''}\0{text[:max_chars]}".encode("utf-8", "surrogatepass")
+    return f"{fields.get('cache_salt') or ''}\0{text}".encode("utf-8", "surrogatepass")
 
 
 def preference(
@@ -53,9 +48,10 @@ def preference(
     """All replicas, the best for a request first.
 
     Args:
-        prefix: None: the one with the least to do. loads: the requests that each replica works on. slack: a
-        replica takes a request of its prefixes as long as it then has at most ``slack`` times as many
-            requests as the mean; above 1.
+        prefix: None: the one with the least to do.
+        loads: the requests that each replica works on.
+        slack: a replica takes a request of its prefixes as long as it then has at most ``slack`` times as
+            many requests as the mean; above 1.
         free_load: a replica takes so many requests at least, whatever the mean is.
         avoided: come last.
     """
@@ -69,6 +65,17 @@ def preference(
         return replica in avoided, is_full, loads[replica] if is_full else 0, order
 
     return sorted(loads, key=rank)
+
+
+def _beginning(fields: Mapping[str, Any], max_chars: int) -> str:
+    """The first ``max_chars`` characters of the prompt's texts and token ids, a NUL behind each."""
+    text = ""
+    for name in _BEGINNINGS:
+        for piece in _pieces(_up_to_user(fields.get(name))):
+            text += piece[: max_chars - len(text)] + "\0"
+            if len(text) >= max_chars:
+                return text[:max_chars]
+    return text
 
 
 def _up_to_user(value: Any) -> Any:

@@ -40,16 +40,8 @@ class Replica:
         self, request: ProxiedRequest
     ) -> AsyncGenerator[ResponseHead | bytes | ReplicaLost, None]:
         """The daemon's response as it comes: its head, then its body. Closing it tells the daemon."""
-        client = self._daemon.client
-        sent = httpx.Request(
-            request.method,
-            client.base_url.copy_with(raw_path=request.target),
-            # The body may be another than the client's; httpx writes its length.
-            headers=[pair for pair in request.headers if pair[0] != b"content-length"],
-            content=request.body,
-        )
         try:
-            response = await client.send(sent, stream=True)
+            response = await self._daemon.client.send(self._daemon.request(request), stream=True)
             try:
                 yield ResponseHead(response.status_code, end_to_end(tuple(response.headers.raw)), self._id)
                 async for data in response.aiter_raw():
