@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from server.bench.bench_arguments import add_bench_arguments
-from server.config import ConfigError, add_arguments, config_from, environment_variable, explained
+from server.config_sources import ConfigError, add_arguments, config_from, environment_variable, explained
 
 _SERVE_HELP = """\
 Serves a model over an OpenAI-compatible HTTP API.

@@ -1,12 +1,8 @@
-"""The settings of ``inflightd serve``: flags, environment variables and help come from one dataclass."""
+"""The settings of ``inflightd serve``: one dataclass, of which flags, variables and help are made."""
 
 from __future__ import annotations
 
-import argparse
-import dataclasses
-import os
-import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,83 +10,9 @@ from server.api_keys import ApiKey, ApiKeys, parse_api_keys, read_api_keys
 from server.cors import parse_origins
 from server.otlp_settings import parse_endpoint
 from server.parsing.formats import AUTO, REASONING_PARSERS, TOOL_PARSERS
-from server.tgi_environment import explain_tgi, tgi_settings
+from server.setting_values import integer, metric_prefix, names, one_of, share, size, switch
 
-ENVIRONMENT_PREFIX = "INFLIGHTD_"
 DEFAULT_MODEL = "smollm2-135m-instruct"
-
-
-class ConfigError(Exception):
-    """A setting is wrong; the message says which one and what it takes."""
-
-
-_BYTE_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-def parse_bytes(text: str) -> int:
-    """``512MiB``, ``2G``, ``1500000`` -> a number of bytes. Raises ValueError."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?i?)b?", text.strip().lower())
-    if match is None or match[2] not in _BYTE_UNITS:
-        raise ValueError(f"{text!r} is not a size such as 512MiB or 2GiB")
-    return int(float(match[1]) * _BYTE_UNITS[match[2]])
-
-
-def _integer(minimum: int, maximum: int | None = None) -> Callable[[str], int]:
-    def parse(text: str) -> int:
-        try:
-            value = int(text)
-        except ValueError:
-            raise ValueError(f"{text!r} is not a whole number") from None
-        if value < minimum or (maximum is not None and value > maximum):
-            limits = f"at least {minimum}" if maximum is None else f"from {minimum} to {maximum}"
-            raise ValueError(f"{value} is out of range: it must be {limits}")
-        return value
-
-    return parse
-
-
-def _one_of(*choices: str) -> Callable[[str], str]:
-    def parse(text: str) -> str:
-        if text not in choices:
-            raise ValueError(f"{text!r} is not one of {', '.join(choices)}")
-        return text
-
-    return parse
-
-
-def _size(text: str) -> int:
-    value = parse_bytes(text)
-    if value < 1:
-        raise ValueError("it must be at least one byte")
-    return value
-
-
-def _share(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        raise ValueError(f"{text!r} is not a number") from None
-    if not 0.0 < value <= 1.0:
-        raise ValueError(f"{text} is out of range: it must be above 0 and at most 1")
-    return value
-
-
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(",") if name.strip())
-    if not names:
-        raise ValueError("it needs at least one name")
-    return names
-
-
-def _switch(text: str) -> bool:
-    return _one_of("on", "off")(text) == "on"
-
-
-def _metric_prefix(text: str) -> str:
-    prefix = text.removesuffix(":")
-    if not re.fullmatch(r"[a-zA-Z_][a-zA-Z0-9_]*", prefix):
-        raise ValueError(f"{text!r} is not a metric prefix: letters, digits and underscores only")
-    return prefix
 
 
 def _flag(
@@ -112,21 +34,21 @@ class ServerConfig:
     )
     served_model_name: tuple[str, ...] | None = _flag(
         None,
-        _names,
+        names,
         "name or comma-separated names by which clients ask for the model",
         group="model",
         metavar="NAME[,NAME]",
     )
     device: Literal["auto", "cuda", "cpu"] = _flag(
         "auto",
-        _one_of("auto", "cuda", "cpu"),
+        one_of("auto", "cuda", "cpu"),
         "where the model runs: auto takes an NVIDIA GPU if there is one, else the CPU",
         group="model",
         metavar="DEVICE",
     )
     dtype: Literal["auto", "float32", "int8", "bfloat16"] = _flag(
         "auto",
-        _one_of("auto", "float32", "int8", "bfloat16"),
+        one_of("auto", "float32", "int8", "bfloat16"),
         "arithmetic of the matrix products: auto (int8 on a CPU, bfloat16 on a GPU), float32 (CPU: exact, "
         "slower), int8 (CPU) or bfloat16 (GPU)",
         group="model",
@@ -134,7 +56,7 @@ class ServerConfig:
     )
     quantization: Literal["auto", "none", "fp8"] = _flag(
         "auto",
-        _one_of("auto", "none", "fp8"),
+        one_of("auto", "none", "fp8"),
         "weights of the layers on a GPU: auto (as the checkpoint holds them), none (16 bits) or fp8 (8 bits, "
         "rounded while loading; compute capability 9.0)",
         group="model",
@@ -142,21 +64,21 @@ class ServerConfig:
     )
     pooling: Literal["mean", "last"] = _flag(
         "mean",
-        _one_of("mean", "last"),
+        one_of("mean", "last"),
         "how /v1/embeddings makes a vector of a text: mean of its tokens' hidden states, or the last of them",
         group="model",
         metavar="KIND",
     )
     max_model_len: int | None = _flag(
         None,
-        _integer(1),
+        integer(1),
         "longest prompt and answer together, in tokens (default: the model's own limit)",
         group="model",
         metavar="TOKENS",
     )
     tool_call_parser: str = _flag(
         AUTO,
-        _one_of(*TOOL_PARSERS),
+        one_of(*TOOL_PARSERS),
         f"how the model writes calls of tools: {', '.join(TOOL_PARSERS)}; auto finds it in the chat "
         "template, none leaves calls in the text",
         group="model",
@@ -164,7 +86,7 @@ class ServerConfig:
     )
     reasoning_parser: str = _flag(
         AUTO,
-        _one_of(*REASONING_PARSERS),
+        one_of(*REASONING_PARSERS),
         f"how the model sets its reasoning off: {', '.join(REASONING_PARSERS)}; auto finds it in the chat "
         "template, none leaves it in the text",
         group="model",
@@ -173,7 +95,7 @@ class ServerConfig:
 
     host: str = _flag("127.0.0.1", str, "address to listen on", group="server")
     port: int = _flag(
-        8000, _integer(0, 65535), "port to listen on; 0 takes a free one", group="server", metavar="PORT"
+        8000, integer(0, 65535), "port to listen on; 0 takes a free one", group="server", metavar="PORT"
     )
     uds: str | None = _flag(
         None,
@@ -198,7 +120,7 @@ class ServerConfig:
     )
     api_workers: int = _flag(
         1,
-        _integer(1, 64),
+        integer(1, 64),
         "API processes, all on one engine and one port: more where one cannot keep up with the engine",
         group="server",
         metavar="N",
@@ -227,7 +149,7 @@ class ServerConfig:
     )
     chat_page: Literal["auto", "on", "off"] = _flag(
         "auto",
-        _one_of("auto", "on", "off"),
+        one_of("auto", "on", "off"),
         "the chat page on /: on (for all, though what it calls may need a key), off, or auto (on, unless "
         "keys are set)",
         group="server",
@@ -241,39 +163,39 @@ class ServerConfig:
         metavar="FILE",
     )
     max_body_bytes: int = _flag(
-        32 * 2**20, _size, "largest request body (default: 32MiB)", group="server", metavar="SIZE"
+        32 * 2**20, size, "largest request body (default: 32MiB)", group="server", metavar="SIZE"
     )
     strict_fields: bool = _flag(
         False,
-        _switch,
+        switch,
         "answer 400 to fields that no API of this server has; off (default) ignores and counts them",
         group="server",
         metavar="on|off",
     )
     trust_request_chat_template: bool = _flag(
         False,
-        _switch,
+        switch,
         "use the field chat_template of requests, bounded in time and memory; off (default) refuses it",
         group="server",
         metavar="on|off",
     )
     metrics_prefix: str = _flag(
         "inflightd",
-        _metric_prefix,
+        metric_prefix,
         "prefix of the Prometheus metrics; 'vllm' serves dashboards made for vLLM",
         group="server",
         metavar="PREFIX",
     )
     metrics_compat: str | None = _flag(
         None,
-        _one_of("tgi"),
+        one_of("tgi"),
         "names of another server that /metrics has as well: tgi (default: none)",
         group="server",
         metavar="SERVER",
     )
     admin_port: int | None = _flag(
         None,
-        _integer(0, 65535),
+        integer(0, 65535),
         "port of the operator's interface, which has its own keys (default: none)",
         group="admin",
         metavar="PORT",
@@ -306,14 +228,14 @@ class ServerConfig:
     )
     log_format: Literal["text", "json"] = _flag(
         "text",
-        _one_of("text", "json"),
+        one_of("text", "json"),
         "text, or json: an object a line. Prompts and answers are never logged",
         group="server",
         metavar="FORM",
     )
     pre_stop_seconds: int = _flag(
         0,
-        _integer(0),
+        integer(0),
         "seconds after SIGTERM in which requests are still taken, while /health/ready says 503 already, for "
         "load balancers to notice",
         group="server",
@@ -321,21 +243,21 @@ class ServerConfig:
     )
     shutdown_timeout: int = _flag(
         30,
-        _integer(0),
+        integer(0),
         "seconds that running requests get to finish after SIGTERM",
         group="server",
         metavar="SECONDS",
     )
     debug_faults: bool = _flag(
         False,
-        _switch,
+        switch,
         "for tests: the variable INFLIGHTD_FAULTS may make steps of the engine fail (default: off)",
         group="server",
         metavar="on|off",
     )
     log_level: str = _flag(
         "info",
-        _one_of("debug", "info", "warning", "error"),
+        one_of("debug", "info", "warning", "error"),
         "debug, info, warning or error",
         group="server",
         metavar="LEVEL",
@@ -343,42 +265,42 @@ class ServerConfig:
 
     kv_cache_bytes: int | None = _flag(
         None,
-        _size,
+        size,
         "memory for keys and values, such as 512MiB (default: from the free memory)",
         group="scheduling",
         metavar="SIZE",
     )
     kv_cache_dtype: Literal["auto", "fp8"] = _flag(
         "auto",
-        _one_of("auto", "fp8"),
+        one_of("auto", "fp8"),
         "keys and values on a GPU: auto (16 bits) or fp8 (twice as many tokens, less exact)",
         group="scheduling",
         metavar="DTYPE",
     )
     gpu_memory_utilization: float = _flag(
         0.92,
-        _share,
+        share,
         "part of a GPU's memory that may be used in all: weights, activations and KV cache (default: 0.92)",
         group="scheduling",
         metavar="SHARE",
     )
     block_size: int | None = _flag(
         None,
-        _integer(1, 256),
+        integer(1, 256),
         "tokens in one KV block of a CPU (default: 16); GPU kernels have blocks of 64",
         group="scheduling",
         metavar="TOKENS",
     )
     max_num_seqs: int | None = _flag(
         None,
-        _integer(1, 4096),
+        integer(1, 4096),
         "sequences in one step at most (default: 64 on a CPU, 256 on a GPU)",
         group="scheduling",
         metavar="N",
     )
     max_num_batched_tokens: int | None = _flag(
         None,
-        _integer(1, 2**20),
+        integer(1, 2**20),
         "tokens in one step at most: longer prompts are computed in chunks (default: 512 on a CPU, 4096 on a "
         "GPU)",
         group="scheduling",
@@ -386,41 +308,41 @@ class ServerConfig:
     )
     max_queued_requests: int | None = _flag(
         None,
-        _integer(1),
+        integer(1),
         "sequences that wait for the engine at most, others get 429 (default: 4 times --max-num-seqs)",
         group="scheduling",
         metavar="N",
     )
     max_queued_tokens: int | None = _flag(
         None,
-        _integer(1),
+        integer(1),
         "tokens of their prompts at most (default: 128 times --max-num-batched-tokens)",
         group="scheduling",
         metavar="TOKENS",
     )
     max_requests_per_key: int | None = _flag(
         None,
-        _integer(1),
+        integer(1),
         "requests of one key that run or wait at a time; without keys, of all (default: no limit)",
         group="scheduling",
         metavar="N",
     )
     queue_timeout: int = _flag(
         60,
-        _integer(0),
+        integer(0),
         "seconds that a request may wait for the engine; 0 is for ever",
         group="scheduling",
         metavar="SECONDS",
     )
     request_timeout: int = _flag(
         0,
-        _integer(0),
+        integer(0),
         "seconds that an answer may take in all (default: 0, no limit)",
         group="scheduling",
         metavar="SECONDS",
     )
     threads: int | None = _flag(
-        None, _integer(1), "CPU threads of the engine (default: the cores it may use)", group="scheduling",
+        None, integer(1), "CPU threads of the engine (default: the cores it may use)", group="scheduling",
         metavar="N",
     )  # fmt: skip
 
@@ -438,97 +360,3 @@ class ServerConfig:
     def served_model_names(self) -> tuple[str, ...]:
         """Names that clients may ask for, the first being the one that answers carry."""
         return self.served_model_name or (self.model,)
-
-
-def _settings() -> list[dataclasses.Field[Any]]:
-    return list(dataclasses.fields(ServerConfig))
-
-
-def environment_variable(name: str) -> str:
-    return ENVIRONMENT_PREFIX + name.upper()
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds MODEL and one flag for each setting; values stay text until ``config_from``."""
-    groups: dict[str, argparse._ArgumentGroup] = {}
-    for setting in _settings():
-        meta = setting.metadata
-        group = groups.setdefault(meta["group"], parser.add_argument_group(meta["group"]))
-        if setting.name == "model":
-            group.add_argument("model", nargs="?", metavar="MODEL", help=meta["help"])
-            continue
-        shown = meta["help"]
-        if setting.default is not None and "default" not in shown:
-            shown += f" (default: {setting.default})"
-        bare: dict[str, Any] = {"nargs": "?", "const": "on"} if meta["parse"] is _switch else {}
-        group.add_argument(
-            "--" + setting.name.replace("_", "-"),
-            metavar=meta["metavar"] or setting.name.upper(),
-            **bare,
-            help=shown.replace("%", "%%"),
-        )
-
-
-def _own_settings(
-    arguments: argparse.Namespace, environment: Mapping[str, str]
-) -> dict[str, tuple[str, str]]:
-    """Names of settings: the flag or else the variable that gives each, and its text."""
-    own: dict[str, tuple[str, str]] = {}
-    for setting in _settings():
-        flag = "MODEL" if setting.name == "model" else "--" + setting.name.replace("_", "-")
-        variable = environment_variable(setting.name)
-        if (text := getattr(arguments, setting.name, None)) is not None:
-            own[setting.name] = (flag, text)
-        elif variable in environment:
-            own[setting.name] = (variable, environment[variable])
-    return own
-
-
-def explained(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> list[str]:
-    """For the log: what each of TGI's variables became. ``config_from`` has raised nothing."""
-    return explain_tgi(environment, frozenset(_own_settings(arguments, environment)))
-
-
-def config_from(arguments: argparse.Namespace, environment: Mapping[str, str] = os.environ) -> ServerConfig:
-    """Settings from parsed flags, then ``INFLIGHTD_*`` variables, then TGI's, then defaults.
-
-    Raises:
-        ConfigError: naming the flag or variable whose value is wrong, or the two that do not fit together.
-    """
-    values: dict[str, Any] = {}
-    try:
-        from_tgi = tgi_settings(environment)
-    except ValueError as error:
-        raise ConfigError(str(error)) from None
-    own = _own_settings(arguments, environment)
-    for setting in _settings():
-        source, text = own.get(setting.name) or from_tgi.get(setting.name) or ("", None)
-        if text is None:
-            continue
-        try:
-            values[setting.name] = setting.metadata["parse"](text)
-        except ValueError as error:
-            raise ConfigError(f"{source}: {error}") from None
-    config = ServerConfig(**values)
-    if (
-        config.max_num_batched_tokens is not None
-        and config.max_num_seqs is not None
-        and config.max_num_batched_tokens < config.max_num_seqs
-    ):
-        raise ConfigError(
-            f"--max-num-batched-tokens ({config.max_num_batched_tokens}) must be at least --max-num-seqs "
-            f"({config.max_num_seqs}): each running sequence gets a token in every step"
-        )
-    _check_admin(config)
-    if config.ssl_keyfile is not None and config.ssl_certfile is None:
-        raise ConfigError("--ssl-keyfile needs --ssl-certfile")
-    return config
-
-
-def _check_admin(config: ServerConfig) -> None:
-    if config.admin_port is None and config.admin_uds is None:
-        if config.admin_keys:
-            raise ConfigError("--admin-key and --admin-key-file need --admin-port or --admin-uds")
-    elif config.admin_uds is None and not config.admin_keys:
-        # Every user, and every web page in a browser, of a machine reaches its ports, loopback or not.
-        raise ConfigError("--admin-port needs --admin-key-file or --admin-key; --admin-uds works without")

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
-from server.config import ServerConfig, add_arguments, config_from
+from server.config import ServerConfig
+from server.config_sources import add_arguments, config_from
 from server.routes import health
 from tests.deploy.chart import CHART, HAS_HELM, RENDERED, VARIANTS, rendered
 from tests.deploy.test_prometheus import shown_by

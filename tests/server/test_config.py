@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from server.api_keys import api_key
-from server.config import ConfigError, ServerConfig, add_arguments, config_from, parse_bytes
+from server.config import ServerConfig
+from server.config_sources import ConfigError, add_arguments, config_from
+from server.setting_values import parse_bytes
 
 
 def configure(*flags: str, environment: dict[str, str] | None = None) -> ServerConfig:

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from server.config import ConfigError, ServerConfig, add_arguments, config_from, explained
+from server.config import ServerConfig
+from server.config_sources import ConfigError, add_arguments, config_from, explained
 
 MODEL = {"MODEL_ID": "org/model"}
 

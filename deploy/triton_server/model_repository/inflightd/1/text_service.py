@@ -17,7 +17,8 @@ from typing import Any, NoReturn, TypeVar
 from server.answer import Usage
 from server.app import create_app
 from server.choice import Choice
-from server.config import ConfigError, ServerConfig, add_arguments, config_from
+from server.config import ServerConfig
+from server.config_sources import ConfigError, add_arguments, config_from
 from server.engine_client import ZmqEngineClient
 from server.errors import EngineDeadError, InvalidRequestError, UnsupportedParameterError
 from server.logs import configure_logging
