@@ -218,18 +218,19 @@ def _merges_by_score(vocabulary: _Vocabulary) -> list[tuple[str, str]]:
 
 
 def _add_bos_and_eos(backend: tokenizers.Tokenizer, vocabulary: _Vocabulary, adds_bos: bool) -> None:
-    template, ids = ["$A"], []
+    template: list[str] = ["$A"]
+    special: list[dict[str, Any]] = []
     for key, is_on in (
         ("bos", vocabulary.flag("add_bos_token", adds_bos)),
         ("eos", vocabulary.flag("add_eos_token", False)),
     ):
         token_id = vocabulary.token_id(f"{key}_token_id")
         if is_on and token_id is not None:
-            token = vocabulary.tokens[token_id]
-            template.insert(0 if key == "bos" else len(template), token)
-            ids.append((token, token_id))
-    if ids:
-        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=ids)
+            # By its role: in a template, a colon in the token itself would mean something.
+            template.insert(0 if key == "bos" else len(template), key)
+            special.append({"id": key, "ids": [token_id], "tokens": [vocabulary.tokens[token_id]]})
+    if special:
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
 
 
 def _chat_templates(metadata: Mapping[str, Any]) -> dict[str, str]:

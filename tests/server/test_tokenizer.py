@@ -316,6 +316,14 @@ def test_gguf_ids_outside_the_vocabulary_are_ignored() -> None:
     assert tokenizer.eos_token_ids == (tokenizer.encode("<end_of_turn>")[0],)
 
 
+def test_a_gguf_token_with_a_colon_may_begin_every_text() -> None:
+    metadata = sentencepiece_metadata(add_space_prefix=True)
+    metadata["tokenizer.ggml.tokens"][1] = "<s:1>"
+    tokenizer = Tokenizer(tokenizer_from_metadata(metadata))
+    assert tokenizer.bos_token_id == 1
+    assert tokenizer.encode("a")[0] == 1
+
+
 def test_gguf_templates_by_name() -> None:
     metadata = sentencepiece_metadata(add_space_prefix=True) | {
         "tokenizer.chat_template": "default {{ bos_token }}",
