@@ -29,7 +29,7 @@ class RuntimeConfig:
         kv_cache_bytes: None: a part of the memory that is available.
         gpu_memory_utilization: of a GPU's memory, the part that may be used in all.
         max_num_seqs: None: 64 on a CPU, 256 on a GPU.
-        max_num_batched_tokens: None: 512 on a CPU, 4096 on a GPU; at least ``max_num_seqs``.
+        max_num_batched_tokens: None: 256 on a CPU, 4096 on a GPU; at least ``max_num_seqs``.
         block_size: None: 16 on a CPU; a GPU always takes that of its kernels.
         num_threads: None: one for each core that this process may use.
     """

@@ -301,7 +301,7 @@ class ServerConfig:
     max_num_batched_tokens: int | None = _flag(
         None,
         integer(1, 2**20),
-        "tokens in one step at most: longer prompts are computed in chunks (default: 512 on a CPU, 4096 on a "
+        "tokens in one step at most: longer prompts are computed in chunks (default: 256 on a CPU, 4096 on a "
         "GPU)",
         group="scheduling",
         metavar="TOKENS",
