@@ -2,48 +2,20 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
-import httpx
-import openai
 import pytest
-from openai import AsyncOpenAI
-from openai.types.responses import Response
 
 from scheduler.messages import EngineOutput, FinishReason, Request, TokenLogprobs
-from server.api_keys import api_key
-from server.app import create_app
-from server.background_responses import BackgroundResponses
-from server.config import ServerConfig
 from server.tokenizer import Tokenizer
-from tests.server.http_client import MODEL, api, named_events, serving
+from tests.server.http_client import MODEL, api, named_events
 from tests.server.in_process_engine import ScriptedEngine, scripted_text
-
-TEXT = "Paris is 🙂 the capital."
-
-
-def _scripted(tokenizer: Tokenizer, text: str = TEXT, *, with_eos: bool = True) -> ScriptedEngine:
-    return scripted_text(tokenizer, text, with_eos=with_eos)
-
-
-@asynccontextmanager
-async def _client(
-    engine: ScriptedEngine, tokenizer: Tokenizer, config: ServerConfig | None = None, key: str = "none"
-) -> AsyncIterator[AsyncOpenAI]:
-    async with (
-        serving(create_app(config or ServerConfig(), engine, tokenizer)) as port,
-        AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key=key, max_retries=0) as client,
-    ):
-        yield client
+from tests.server.responses_client import TEXT, responses_client
 
 
 async def test_the_client_whole(tokenizer: Tokenizer) -> None:
-    engine = _scripted(tokenizer)
-    async with _client(engine, tokenizer) as client:
+    engine = scripted_text(tokenizer, TEXT)
+    async with responses_client(engine, tokenizer) as client:
         response = await client.responses.create(
             model=MODEL, input="Hi", instructions="Be brief.", metadata={"a": "b"}, max_output_tokens=50
         )
@@ -65,7 +37,7 @@ async def test_the_client_whole(tokenizer: Tokenizer) -> None:
 
 
 async def test_the_client_streaming(tokenizer: Tokenizer) -> None:
-    async with _client(_scripted(tokenizer), tokenizer) as client:
+    async with responses_client(scripted_text(tokenizer, TEXT), tokenizer) as client:
         async with client.responses.stream(model=MODEL, input="Hi") as stream:
             pieces = [event.delta async for event in stream if event.type == "response.output_text.delta"]
             response = await stream.get_final_response()
@@ -82,7 +54,7 @@ async def test_the_client_streaming(tokenizer: Tokenizer) -> None:
 
 
 async def test_the_order_of_events(tokenizer: Tokenizer) -> None:
-    async with api(_scripted(tokenizer), tokenizer) as client:
+    async with api(scripted_text(tokenizer, TEXT), tokenizer) as client:
         response = await client.post("/v1/responses", json={"input": "Hi", "stream": True})
         assert response.headers["content-type"].startswith("text/event-stream")
         events = named_events(response.text)
@@ -113,7 +85,7 @@ async def test_the_order_of_events(tokenizer: Tokenizer) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_an_answer_that_is_cut_off(tokenizer: Tokenizer, stream: bool) -> None:
-    async with api(_scripted(tokenizer, with_eos=False), tokenizer) as client:
+    async with api(scripted_text(tokenizer, TEXT, with_eos=False), tokenizer) as client:
         answer = await client.post("/v1/responses", json={"input": "Hi", "stream": stream})
     if stream:
         name, data = named_events(answer.text)[-1]
@@ -125,84 +97,11 @@ async def test_an_answer_that_is_cut_off(tokenizer: Tokenizer, stream: bool) -> 
 
 
 async def test_an_answer_without_text(tokenizer: Tokenizer) -> None:
-    async with api(_scripted(tokenizer, ""), tokenizer) as client:
+    async with api(scripted_text(tokenizer, ""), tokenizer) as client:
         whole = (await client.post("/v1/responses", json={"input": "Hi"})).json()
         streamed = await client.post("/v1/responses", json={"input": "Hi", "stream": True})
     assert whole["output"][0]["content"][0]["text"] == ""
     assert "response.output_item.done" in [name for name, _ in named_events(streamed.text)]
-
-
-async def test_a_conversation(tokenizer: Tokenizer) -> None:
-    engine = _scripted(tokenizer)
-    async with _client(engine, tokenizer) as client:
-        first = await client.responses.create(model=MODEL, input="A", instructions="Only now.")
-        second = await client.responses.create(
-            model=MODEL, input=[{"role": "user", "content": "B"}], previous_response_id=first.id
-        )
-        third = await client.responses.create(
-            model=MODEL, input="C", previous_response_id=second.id, store=False
-        )
-        counted = await client.responses.input_tokens.count(
-            model=MODEL, input="C", previous_response_id=second.id
-        )
-        items = await client.responses.input_items.list(second.id, order="asc")
-        with pytest.raises(openai.NotFoundError):
-            await client.responses.retrieve(third.id)
-        await client.responses.delete(first.id)
-        with pytest.raises(openai.NotFoundError) as deleted:
-            await client.responses.retrieve(first.id)
-        with pytest.raises(openai.BadRequestError) as missing:
-            await client.responses.create(model=MODEL, input="D", previous_response_id=first.id)
-        # What the second answers does not go with the first.
-        again = await client.responses.create(model=MODEL, input="C", previous_response_id=second.id)
-    texts = ["A", TEXT, "B", TEXT, "C"]
-    chat = [{"role": "assistant" if t == TEXT else "user", "content": t} for t in texts]
-    assert list(engine.requests[2].prompt_token_ids) == tokenizer.encode_chat(chat)
-    assert engine.requests[-1].prompt_token_ids == engine.requests[2].prompt_token_ids
-    assert again.previous_response_id == second.id
-    assert counted.input_tokens == len(tokenizer.encode_chat(chat))
-    assert [(item.role, item.content[0].text) for item in items.data] == [  # type: ignore[union-attr]
-        ("user", "A"),
-        ("assistant", TEXT),
-        ("user", "B"),
-    ]
-    assert deleted.value.code == "response_not_found"
-    assert (missing.value.code, missing.value.param) == (
-        "previous_response_not_found",
-        "previous_response_id",
-    )
-
-
-async def test_pages_of_items(tokenizer: Tokenizer) -> None:
-    async with api(_scripted(tokenizer), tokenizer) as client:
-        items = [{"role": "user", "content": text, "id": f"msg_{text}"} for text in "ABCDE"]
-        created = (await client.post("/v1/responses", json={"input": items})).json()
-        path = f"/v1/responses/{created['id']}/input_items"
-
-        async def page(query: str) -> tuple[str, bool]:
-            shown = (await client.get(f"{path}?{query}")).json()
-            ids = [item["id"] for item in shown["data"]]
-            assert (shown["first_id"], shown["last_id"]) == (ids[0], ids[-1])
-            return "".join(item["content"][0]["text"] for item in shown["data"]), shown["has_more"]
-
-        assert await page("") == ("EDCBA", False)
-        assert await page("limit=2") == ("ED", True)
-        assert await page("limit=2&after=msg_D") == ("CB", True)
-        assert await page("limit=3&after=msg_B&order=asc") == ("CDE", False)
-        for query in ("limit=0", "limit=101", "limit=x", "order=up", "after=msg_X"):
-            response = await client.get(f"{path}?{query}")
-            assert response.status_code == 400
-            assert response.json()["error"]["param"] == query.partition("=")[0]
-        cancelled = await client.post(f"/v1/responses/{created['id']}/cancel")
-        assert cancelled.status_code == 400
-        assert (await client.get(f"/v1/responses/{created['id']}?stream=true")).status_code == 400
-        for method, path in (
-            ("GET", "/v1/responses/x"),
-            ("GET", "/v1/responses/x/input_items"),
-            ("POST", "/v1/responses/x/cancel"),
-            ("DELETE", "/v1/responses/x"),
-        ):
-            assert (await client.request(method, path)).status_code == 404
 
 
 async def test_logprobs(tokenizer: Tokenizer) -> None:
@@ -245,8 +144,8 @@ CALL = f'<tool_call>\n{{"name": "get_weather", "arguments": {ARGUMENTS}}}\n</too
 
 
 async def test_reasoning_text_and_calls(thinking: Tokenizer) -> None:
-    engine = _scripted(thinking, f"<think>Hm.</think>I look.\n{CALL}\n{CALL}")
-    async with _client(engine, thinking) as client:
+    engine = scripted_text(thinking, f"<think>Hm.</think>I look.\n{CALL}\n{CALL}")
+    async with responses_client(engine, thinking) as client:
         whole = await client.responses.create(model=MODEL, input="Hi", tools=[WEATHER])
         async with client.responses.stream(model=MODEL, input="Hi", tools=[WEATHER]) as stream:
             told = [event async for event in stream]
@@ -283,7 +182,7 @@ async def test_reasoning_text_and_calls(thinking: Tokenizer) -> None:
 
 
 async def test_choices_of_tools(thinking: Tokenizer) -> None:
-    engine = _scripted(thinking, CALL * 2)
+    engine = scripted_text(thinking, CALL * 2)
     other = WEATHER | {"name": "get_time"}
 
     async def post(**fields: Any) -> Any:
@@ -308,7 +207,7 @@ async def test_choices_of_tools(thinking: Tokenizer) -> None:
 
 
 async def test_a_stream_that_fails(tokenizer: Tokenizer) -> None:
-    engine = _scripted(tokenizer)
+    engine = scripted_text(tokenizer, TEXT)
     working = engine.script
 
     def breaks(request: Request) -> list[EngineOutput | Exception]:
@@ -329,93 +228,6 @@ async def test_a_stream_that_fails(tokenizer: Tokenizer) -> None:
     assert "secret" not in streamed.text
     assert stored["output"][0]["status"] == "incomplete"
     assert (whole.status_code, late.status_code) == (500, 503)
-
-
-async def test_in_the_background(tokenizer: Tokenizer) -> None:
-    engine, free = _scripted(tokenizer), asyncio.Event()
-    working = engine.script
-    engine.script = lambda request: [free, *working(request)]
-    async with _client(engine, tokenizer) as client:
-        begun = await client.responses.create(model=MODEL, input="Hi", background=True)
-        assert (begun.status, begun.background, begun.output) == ("in_progress", True, [])
-        assert (await client.responses.retrieve(begun.id)).status == "in_progress"
-        with pytest.raises(openai.BadRequestError, match="not complete"):
-            await client.responses.create(model=MODEL, input="B", previous_response_id=begun.id)
-        free.set()
-        done = await _until_done(client, begun.id)
-        assert (done.status, done.output_text) == ("completed", TEXT)
-        assert (await client.responses.cancel(begun.id)).status == "completed"
-        more = await client.responses.create(model=MODEL, input="B", previous_response_id=begun.id)
-    assert more.output_text == TEXT
-    assert not engine.aborted
-
-
-async def test_what_runs_in_the_background_can_be_ended(tokenizer: Tokenizer) -> None:
-    engine, free = _scripted(tokenizer), asyncio.Event()
-    engine.script = lambda request: [free]
-    app = create_app(ServerConfig(), engine, tokenizer)
-    async with (
-        serving(app) as port,
-        AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="x", max_retries=0) as client,
-    ):
-        first, second, third = [
-            await client.responses.create(model=MODEL, input="Hi", background=True) for _ in range(3)
-        ]
-        assert (await client.responses.cancel(first.id)).status == "cancelled"
-        await client.responses.delete(second.id)
-        with pytest.raises(openai.NotFoundError):
-            await client.responses.retrieve(second.id)
-        await app.state.service.background.close()
-        assert (await client.responses.retrieve(third.id)).status == "failed"
-        assert len(engine.aborted) == 3
-        engine.script = lambda request: [RuntimeError("/secret/path")]
-        broken = await client.responses.create(model=MODEL, input="Hi", background=True)
-        failed = await _until_done(client, broken.id)
-    assert failed.status == "failed"
-    assert "secret" not in failed.model_dump_json()
-
-
-async def test_the_background_has_room_for_some(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    engine, never = _scripted(tokenizer), asyncio.Event()
-    engine.script = lambda request: [never]
-    config = ServerConfig(responses_db=str(tmp_path / "responses.db"))
-    app = create_app(config, engine, tokenizer)
-    app.state.service.background = BackgroundResponses(max_running=1)
-    body = {"input": "Hi", "background": True}
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-        first = await client.post("/v1/responses", json=body)
-        second = await client.post("/v1/responses", json=body)
-    assert (first.status_code, second.status_code) == (200, 429)
-    assert second.json()["error"]["code"] == "rate_limit_exceeded"
-    # As if the server had been killed: the next one finds a response that nobody works on.
-    async with api(engine, tokenizer, config) as client:
-        orphan = (await client.get(f"/v1/responses/{first.json()['id']}")).json()
-    assert (orphan["status"], orphan["error"]["code"]) == ("failed", "server_error")
-    await app.state.service.close()
-
-
-async def _until_done(client: AsyncOpenAI, response_id: str) -> Response:
-    async with asyncio.timeout(5):
-        while (response := await client.responses.retrieve(response_id)).status == "in_progress":  # noqa: ASYNC110
-            await asyncio.sleep(0.01)
-    return response
-
-
-async def test_a_response_belongs_to_its_key(tokenizer: Tokenizer, tmp_path: Path) -> None:
-    keys = (api_key("sk-a1", "ann"), api_key("sk-a2", "ann"), api_key("sk-b", "bob"))
-    for path in (None, str(tmp_path / "responses.db")):
-        config = ServerConfig(api_key=keys, responses_db=path)
-        async with _client(_scripted(tokenizer), tokenizer, config, key="sk-a1") as client:
-            mine = await client.responses.create(model=MODEL, input="Hi")
-            assert (await client.with_options(api_key="sk-a2").responses.retrieve(mine.id)).id == mine.id
-            other = client.with_options(api_key="sk-b").responses
-            for attempt in (other.retrieve, other.delete, other.input_items.list, other.cancel):
-                with pytest.raises(openai.NotFoundError):
-                    await attempt(mine.id)
-            with pytest.raises(openai.BadRequestError):
-                await other.create(model=MODEL, input="Hi", previous_response_id=mine.id)
-            assert (await client.responses.retrieve(mine.id)).id == mine.id
 
 
 @pytest.mark.parametrize(
@@ -449,7 +261,7 @@ async def test_a_response_belongs_to_its_key(tokenizer: Tokenizer, tmp_path: Pat
     ],
 )
 async def test_items(tokenizer: Tokenizer, items: list[Any], chat: list[dict[str, Any]]) -> None:
-    engine = _scripted(tokenizer)
+    engine = scripted_text(tokenizer, TEXT)
     async with api(engine, tokenizer) as client:
         response = await client.post("/v1/responses", json={"input": items})
         assert response.status_code == 200, response.text
@@ -493,7 +305,7 @@ async def test_items(tokenizer: Tokenizer, items: list[Any], chat: list[dict[str
     ],
 )
 async def test_what_is_refused(tokenizer: Tokenizer, fields: dict[str, Any], param: str) -> None:
-    engine = _scripted(tokenizer)
+    engine = scripted_text(tokenizer, TEXT)
     async with api(engine, tokenizer) as client:
         response = await client.post("/v1/responses", json={"input": "Hi"} | fields)
     assert response.status_code == 400
