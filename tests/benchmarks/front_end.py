@@ -14,20 +14,13 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import logging
 import multiprocessing
 import os
 import random
-import re
-import resource
-import signal
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import pairwise
 from multiprocessing.connection import Connection
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -36,216 +29,12 @@ import uvloop
 from server.config import ServerConfig
 from server.model_source import fetch_default_model
 from server.tokenizer import load_tokenizer
+from tests.benchmarks.front_end_client import Seen, post, read_streams
+from tests.benchmarks.front_end_server import metric, serve_api
 from tests.benchmarks.paced_engine import Pace
 
 _TEXT = " The quick brown fox jumps over the lazy dog, and then it does so again."
-_PROBE_EVERY_S = 0.005
-_ENGINE = "tests.benchmarks.paced_engine"
-_END = b"data: [DONE]\n\n\r\n0\r\n\r\n"
 _WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school")
-
-
-# ---- the API process ----
-
-
-@dataclass(frozen=True)
-class Usage:
-    """What the API process has used since it started, and how late its loop was since the last look."""
-
-    user_seconds: float
-    system_seconds: float
-    num_tokens: int
-    rss_bytes: int
-    lags: tuple[float, ...] = ()
-
-
-def serve_api(answers: Connection, config: ServerConfig) -> None:
-    """Serves until told to stop; tells its port first, then its ``Usage`` whenever it is asked."""
-    logging.basicConfig(level=logging.CRITICAL)  # streams that are cut off at the end are no news
-    uvloop.run((_serve_alone if config.api_workers == 1 else _serve_by_workers)(answers, config))
-
-
-async def _serve_alone(answers: Connection, config: ServerConfig) -> None:
-    from server.api_process import http_server, load_application
-    from server.engine_client import ZmqEngineClient
-    from server.listening import listen
-
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    model = fetch_default_model()
-    engine = ZmqEngineClient(config, str(model), module=_ENGINE, on_ready=lambda _: ready.set())
-    engine.start()
-    app, _ = await load_application(config, model, engine, None)
-    server = http_server(config, app)
-    listener = listen(config)
-    lags: list[float] = []
-
-    def probe(due: float) -> None:
-        now = loop.time()
-        lags.append(now - due)
-        loop.call_later(_PROBE_EVERY_S, probe, now + _PROBE_EVERY_S)
-
-    def answer() -> None:
-        if answers.recv() == "stop":
-            server.end(at_once=True)
-            return
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        with open("/proc/self/statm") as file:
-            rss = int(file.read().split()[1]) * resource.getpagesize()
-        tokens = app.state.service.metrics.generation_tokens
-        answers.send(Usage(used.ru_utime, used.ru_stime, tokens, rss, tuple(lags)))
-        lags.clear()
-
-    await ready.wait()
-    loop.add_reader(answers.fileno(), answer)
-    probe(loop.time())
-    answers.send(listener.getsockname()[1])
-    await server.serve(sockets=[listener])
-    await app.state.service.close()
-    await engine.stop()
-
-
-async def _serve_by_workers(answers: Connection, config: ServerConfig) -> None:
-    from server.listening import listen
-    from server.worker_supervisor import WorkerSupervisor
-
-    loop = asyncio.get_running_loop()
-    ready = asyncio.Event()
-    listener = listen(config)
-    port = listener.getsockname()[1]
-    model = str(fetch_default_model())
-    supervisor = WorkerSupervisor(
-        config, model, listener, module=_ENGINE, on_serving=lambda _: ready.set()
-    )  # fmt: skip
-    running = asyncio.create_task(supervisor.run())
-    await ready.wait()
-    answers.send(port)
-    while await loop.run_in_executor(None, answers.recv) != "stop":
-        answers.send(_usage_of_workers(int(await metric(port, "generation_tokens_total"))))
-    supervisor.end(signal.SIGTERM)
-    supervisor.end(signal.SIGTERM)
-    await running
-
-
-def _usage_of_workers(num_tokens: int) -> Usage:
-    """CPU of all processes that serve, to a hundredth of a second each; the loops' lateness is not known."""
-    children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
-    ticks, pages = [0, 0], 0
-    for pid in children:
-        if b"server.worker" in Path(f"/proc/{pid}/cmdline").read_bytes():
-            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-            ticks = [ticks[0] + int(fields[11]), ticks[1] + int(fields[12])]
-            pages += int(fields[21])
-    user, system = (each / os.sysconf("SC_CLK_TCK") for each in ticks)
-    return Usage(user, system, num_tokens, pages * resource.getpagesize())
-
-
-# ---- the client of the streams ----
-
-
-class _Reader(asyncio.Protocol):
-    """Sends one request and keeps what comes back, and when. Taken apart once the clock has stopped."""
-
-    def __init__(self, request: bytes) -> None:
-        self._request = request
-        self._tail = b""
-        self.arrivals: list[tuple[float, bytes]] = []
-        loop = asyncio.get_running_loop()
-        self.begun = loop.create_future()
-        self.done = loop.create_future()
-
-    def connection_made(self, transport: Any) -> None:
-        transport.write(self._request)
-
-    def data_received(self, data: bytes) -> None:
-        self.arrivals.append((time.perf_counter(), data))
-        if not self.begun.done():
-            self.begun.set_result(None)
-        self._tail = (self._tail + data)[-len(_END) :]
-        if self._tail == _END:
-            self.done.set_result(None)
-
-    def connection_lost(self, error: Exception | None) -> None:
-        for future in (self.begun, self.done):
-            if not future.done():
-                future.set_exception(error or ConnectionError("the stream ended early"))
-                future.exception()
-
-
-@dataclass(frozen=True)
-class Seen:
-    """What the client saw.
-
-    Attributes:
-        num_pieces: events with text, of one token or of several that arrived together.
-        num_wrong: streams whose text is not, letter by letter, what the engine sent.
-        gaps: seconds between two arrivals of tokens in a stream, of all streams.
-        times: when each gap ended (``time.perf_counter``, one clock for all processes).
-    """
-
-    num_bytes: int
-    num_pieces: int
-    num_wrong: int
-    gaps: tuple[float, ...]
-    times: tuple[float, ...]
-
-
-def read_streams(answers: Connection, port: int, request: bytes, num_streams: int, text: str) -> None:
-    """Opens all streams, says so, reads them to their ends and says what was ``Seen``."""
-    answers.send(uvloop.run(_read_streams(answers, port, request, num_streams, text)))
-
-
-async def _read_streams(answers: Connection, port: int, request: bytes, num_streams: int, text: str) -> Seen:
-    loop = asyncio.get_running_loop()
-    readers = []
-    for _ in range(num_streams):
-        _, reader = await loop.create_connection(lambda: _Reader(request), "127.0.0.1", port)
-        readers.append(reader)
-    await asyncio.gather(*(reader.begun for reader in readers))
-    answers.send("begun")
-    await asyncio.gather(*(reader.done for reader in readers))
-    answers.send("done")
-    num_bytes = num_pieces = num_wrong = 0
-    gaps, times = [], []
-    for reader in readers:
-        with_text = [(at, data) for at, data in reader.arrivals if b'"content":"' in data]
-        body = _dechunked(b"".join(data for _, data in reader.arrivals))
-        pieces = [
-            json.loads(line[6:])["choices"][0]["delta"].get("content", "")
-            for line in body.splitlines()
-            if line.startswith(b"data: {")
-        ]
-        num_bytes += len(body)
-        is_wrong = "".join(pieces) != text
-        num_wrong += is_wrong
-        num_pieces += len(pieces) - pieces.count("")
-        gaps += [after[0] - before[0] for before, after in pairwise(with_text)]
-        times += [at for at, _ in with_text[1:]]
-    return Seen(num_bytes, num_pieces, num_wrong, tuple(gaps), tuple(times))
-
-
-def _dechunked(response: bytes) -> bytes:
-    """The body of a response in chunks."""
-    _, _, rest = response.partition(b"\r\n\r\n")
-    parts = []
-    position = 0
-    while True:
-        end = rest.index(b"\r\n", position)
-        length = int(rest[position:end], 16)
-        if not length:
-            return b"".join(parts)
-        parts.append(rest[end + 2 : end + 2 + length])
-        position = end + 2 + length + 2
-
-
-def post(path: str, body: dict[str, Any]) -> bytes:
-    """A request as bytes."""
-    encoded = json.dumps(body).encode()
-    head = f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-    return head.encode() + b"Content-Length: %d\r\n\r\n%s" % (len(encoded), encoded)
-
-
-# ---- the load beside them ----
 
 
 async def hold_idle(port: int, count: int) -> list[asyncio.StreamWriter]:
@@ -262,15 +51,6 @@ async def hold_idle(port: int, count: int) -> list[asyncio.StreamWriter]:
     while await metric(port, "num_requests_waiting") < count:  # noqa: ASYNC110 - it is another process
         await asyncio.sleep(0.2)
     return writers
-
-
-async def metric(port: int, name: str) -> float:
-    """The value of a metric of the server."""
-    async with httpx.AsyncClient() as client:
-        page = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
-    found = re.search(rf"^inflightd:{name}\S* (\S+)$", page, re.MULTILINE)
-    assert found is not None, f"{name} is not in /metrics"
-    return float(found[1])
 
 
 async def send_long_prompts(port: int, count: int) -> list[float]:
@@ -297,9 +77,6 @@ async def send_long_prompts(port: int, count: int) -> list[float]:
             tasks.append(asyncio.create_task(ask(client, prompt)))
         await asyncio.gather(*tasks)
     return took
-
-
-# ---- the measurement ----
 
 
 @dataclass(frozen=True)

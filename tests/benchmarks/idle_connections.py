@@ -22,7 +22,8 @@ import uvloop
 
 from server.config import ServerConfig
 from server.open_files import raise_open_files
-from tests.benchmarks.front_end import Usage, post, serve_api
+from tests.benchmarks.front_end_client import post
+from tests.benchmarks.front_end_server import Usage, serve_api
 from tests.benchmarks.paced_engine import Pace
 
 _COMMENT = b": keep-alive"
