@@ -24,6 +24,7 @@ from scheduler.engine_core import EngineCore
 from scheduler.executor import Executor
 from scheduler.messages import Request, SamplingParams
 from server.model_source import fetch_default_model
+from tests.benchmarks.perplexity_table import PerplexityTable
 from tests.benchmarks.perplexity_text import WINDOW, text_windows
 
 
@@ -65,10 +66,7 @@ def main() -> None:
     options = parser.parse_args()
     path = options.model or fetch_default_model()
     windows = text_windows(path)
-    print(f"{sum(len(window) - 1 for window in windows)} tokens\n")
-    print("| executor | perplexity | to bfloat16 | standard error | seconds |")
-    print("|---|---|---|---|---|", flush=True)
-    exact: npt.NDArray[np.float64] | None = None
+    rows = PerplexityTable(windows, "executor", "bfloat16")
     wanted = itertools.product(options.quantization, options.kv_cache_dtype)
     for quantization, kv_cache_dtype in dict.fromkeys([("none", "auto"), *wanted]):
         config = RuntimeConfig(
@@ -82,15 +80,7 @@ def main() -> None:
         losses = negative_log_likelihoods(executor, windows)
         seconds = time.perf_counter() - start
         executor.shutdown()
-        if exact is None:
-            exact = losses
-        difference = losses - exact
-        error = difference.std() / np.sqrt(len(difference))
-        print(
-            f"| {executor.spec.device.partition('(')[2][:-1]} | {np.exp(losses.mean()):.4f} "
-            f"| {np.expm1(difference.mean()):+.2%} | {error:.2%} | {seconds:.1f} |",
-            flush=True,
-        )
+        rows.add(executor.spec.device.partition("(")[2][:-1], losses, seconds)
 
 
 if __name__ == "__main__":

@@ -31,6 +31,7 @@ from engine_runtime.executors.onnxruntime.quantization import fuse_quantized, qu
 from engine_runtime.kernels.cpu import StepLayout, allocate_kv_cache
 from engine_runtime.weights.checkpoint import Checkpoint, open_checkpoint
 from server.model_source import fetch_default_model
+from tests.benchmarks.perplexity_table import PerplexityTable
 from tests.benchmarks.perplexity_text import WINDOW, text_windows
 
 _ROWS = 128
@@ -185,17 +186,14 @@ def main() -> None:
     config = checkpoint.config
     windows = [np.array(window) for window in text_windows(path)]
     table = np.asarray(checkpoint.read("model.embed_tokens.weight"), np.float32)
-    print(f"{sum(len(window) - 1 for window in windows)} tokens\n")
-    print("| matrix products | perplexity | to float32 | standard error | seconds |")
-    print("|---|---|---|---|---|")
-    exact: npt.NDArray[np.float64] | None = None
+    rows = PerplexityTable(windows, "matrix products", "float32")
     for name, lower in _CANDIDATES.items():
         if options.only and not any(part in name for part in ("float32", *options.only)):
             continue
         graph = build_decoder(config)
         transpose_weights(graph)
         lower(graph, checkpoint)
-        is_exact = exact is None
+        is_exact = rows.is_empty
         cache = allocate_kv_cache(
             config.num_hidden_layers,
             WINDOW // 16,
@@ -213,15 +211,7 @@ def main() -> None:
         losses = negative_log_likelihoods(session, embedding, windows)
         seconds = time.perf_counter() - start
         session.close()
-        if exact is None:
-            exact = losses
-        difference = losses - exact
-        error = difference.std() / np.sqrt(len(difference))
-        print(
-            f"| {name} | {np.exp(losses.mean()):.4f} | {np.expm1(difference.mean()):+.2%} | {error:.2%} "
-            f"| {seconds:.1f} |",
-            flush=True,
-        )
+        rows.add(name, losses, seconds)
 
 
 if __name__ == "__main__":
