@@ -180,6 +180,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         RuntimeConfig(
             Path("random"), device="cuda", max_model_len=8192,
             max_num_batched_tokens=options.max_num_batched_tokens,
+            max_num_seqs=max(256, *options.concurrency),
             quantization=options.quantization, kv_cache_dtype=options.kv_cache_dtype,
         ),
         device, config, None, lambda what, done, total: None,
