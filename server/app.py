@@ -60,7 +60,7 @@ def create_app(
         config.metrics_prefix, config.served_model_names[0], engine, admission, config.metrics_compat
     )
     formats = model_formats(tokenizer.chat_template, config.tool_call_parser, config.reasoning_parser)
-    check = GrammarCheck(tokenizer)
+    check = GrammarCheck(tokenizer, lambda: engine.spec.max_model_len)
     metrics.grammar_check = check
     validator = Validator(
         engine,

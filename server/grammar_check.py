@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import hashlib
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import msgspec
 
 from server.expendable_process import ExpendableProcess
 from server.grammars import MAX_GRAMMAR_BYTES
+from server.shortest_answer import reason_it_cannot_fit
 from server.tokenizer import Tokenizer
 
-TOO_COMPLEX = "it is too complex: it was not compiled within 0.7 s and 2 GiB"
+TOO_COMPLEX = "it is too complex: it was not compiled within 0.7 s of a core and 2 GiB"
 _MODULE = "engine_runtime.grammars.check"
 _MAX_BYTES = 2 * MAX_GRAMMAR_BYTES  # llguidance's form is longer
 _MAX_VERDICTS = 4096
@@ -29,7 +32,13 @@ class GrammarCheck:
         num_compiled, num_refused: grammars since the start that were not remembered, and how many were bad.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, max_tokens: Callable[[], int]) -> None:
+        """
+        Args:
+            max_tokens: of any answer; asked once there is a grammar.
+        """
+        self._tokenizer = tokenizer
+        self._max_tokens = max_tokens
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="grammar-check")
         self._process = ExpendableProcess(_MODULE, lambda: msgspec.msgpack.encode(tokenizer.vocabulary))
         self._verdicts: OrderedDict[bytes, str] = OrderedDict()
@@ -44,7 +53,8 @@ class GrammarCheck:
         digest = hashlib.sha256(encoded).digest()
         verdict = self._verdicts.get(digest)
         if verdict is None:
-            verdict = await asyncio.get_running_loop().run_in_executor(self._thread, self._ask, encoded)
+            ask = functools.partial(self._ask, grammar, self._max_tokens())
+            verdict = await asyncio.get_running_loop().run_in_executor(self._thread, ask)
             self._verdicts[digest] = verdict
             if len(self._verdicts) > _MAX_VERDICTS:
                 self._verdicts.popitem(last=False)
@@ -59,6 +69,9 @@ class GrammarCheck:
         self._thread.shutdown()
         self._process.close()
 
-    def _ask(self, grammar: bytes) -> str:
-        answer = self._process.ask(grammar)
+    def _ask(self, grammar: str, max_tokens: int) -> str:
+        reason = reason_it_cannot_fit(grammar, max_tokens, self._tokenizer.longest_token)
+        if reason is not None:
+            return reason
+        answer = self._process.ask(grammar.encode())
         return TOO_COMPLEX if answer is None else answer.decode()

@@ -207,6 +207,11 @@ class Tokenizer:
         return self._bound.at_least(text)
 
     @cached_property
+    def longest_token(self) -> int:
+        """Bytes of the longest token. The first call reads the vocabulary, as that of ``min_tokens_for``."""
+        return max(len(self._bytes[token_id]) for token_id in range(self.vocab_size))
+
+    @cached_property
     def vocabulary(self) -> Vocabulary:
         """What grammars have to know of the tokens. Takes 20 ms for 49k tokens."""
         return Vocabulary(with_plain_spaces(self._backend), self.eos_token_ids)

@@ -6,12 +6,13 @@ import llguidance
 
 from scheduler.messages import Vocabulary
 
-# Far more than real schemas need. What reaches one of these ends the request, and costs a step at most 10 ms.
+# Far more than real schemas need: 300 optional properties take over 2,000 items. What reaches one of these
+# ends the request, and costs a step about 5 ms.
 _LIMITS = llguidance.LLParserLimits(
     max_items_in_row=2_000,
     initial_lexer_fuel=1_000_000,
-    step_lexer_fuel=100_000,
-    step_max_items=50_000,
+    step_lexer_fuel=20_000,
+    step_max_items=10_000,
     max_lexer_states=20_000,
     max_grammar_size=200_000,
     verbose_errors=False,
@@ -67,6 +68,17 @@ class GrammarCompiler:
         if matcher.is_error():
             raise GrammarError(_first_line(matcher.get_error()))
         return matcher
+
+
+def follow_forced(matcher: llguidance.LLMatcher) -> None:
+    """Goes on as far as there is no choice.
+
+    Raises:
+        GrammarError: that is too far.
+    """
+    matcher.consume_tokens(matcher.compute_ff_tokens())
+    if matcher.is_error():
+        raise GrammarError(_first_line(matcher.get_error()))
 
 
 def _first_line(error: str) -> str:

@@ -31,6 +31,7 @@ class _Follower:
     Attributes:
         held_until: below this number of generated tokens, stop tokens wait unless nothing else may come.
         num_generated: tokens that the matcher has taken.
+        max_tokens: that may be generated; what is forced beyond them is not followed.
         reports: whether the log-probability of each token is wanted, so that none may come unsampled.
         forces: whether tokens without alternative come unsampled: neither ``reports`` nor are there
             penalties, for which the sampler has to count them.
@@ -44,6 +45,7 @@ class _Follower:
     forces: bool
     reports: bool
     num_generated: int
+    max_tokens: int
 
 
 class GrammarMatchers:
@@ -154,7 +156,7 @@ class GrammarMatchers:
             return Accepted(has_ended=True)
         forced: list[int] = []
         if follower.forces and not matcher.is_stopped():
-            forced = matcher.compute_ff_tokens()
+            forced = matcher.compute_ff_tokens()[: max(follower.max_tokens - follower.num_generated, 0)]
             if forced and not matcher.consume_tokens(forced):
                 return Accepted(error=f"the grammar cannot go on: {matcher.get_error()}")
             follower.num_generated += len(forced)
@@ -198,6 +200,7 @@ class GrammarMatchers:
             and params.presence_penalty == params.frequency_penalty == 0.0
             and params.repetition_penalty == 1.0,
             num_generated=len(request.generated_token_ids),
+            max_tokens=params.max_tokens,
         )
         if not matcher.consume_tokens(list(request.generated_token_ids)):
             return f"the tokens so far do not follow the grammar: {matcher.get_error()}"

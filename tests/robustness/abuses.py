@@ -105,10 +105,20 @@ REQUESTS: dict[str, tuple[bytes, set[int]]] = {
     "a schema that cannot be met": (_schema({"type": "integer", "minimum": 5, "maximum": 1}), {400}),
     "a schema that refers to itself": (_schema({"$ref": "#"}), {200, 400}),
     "a schema from elsewhere": (_schema({"$ref": "http://169.254.169.254/schema.json"}), {400}),
-    "a schema of 10^9 items": (_schema({"type": "array", "minItems": 10**9}), {200, 400}),
+    "a schema of 10^9 items": (_schema({"type": "array", "minItems": 10**9}), {400}),
+    "a schema of up to 10^9 items": (_schema({"type": "array", "maxItems": 10**9}), {200}),
+    "a schema of 10^9 letters": (_schema({"type": "string", "minLength": 10**9}), {400}),
+    "a schema of 10^9 names": (_schema({"type": "object", "minProperties": 10**9}), {400}),
+    "a schema of 10^9 lists in a list": (_schema({"type": "array", "minItems": 1000, "items": {
+        "type": "array", "minItems": 1000, "items": {"type": "array", "minItems": 1000}}}), {400}),
     "a deep schema": (_schema(_DEEP), {200, 400}),
     "a wrong regex": (_completion('"guided_regex":"foo**("'), {400}),
     "a regex bomb": (_completion('"guided_regex":"(.{1,9999}){9999}"'), {400}),
+    "a regex of 10^6 letters": (_completion('"guided_regex":"[ab]{1000000}"'), {400}),
+    "a grammar of 10^9 letters without a choice": (
+        _completion('"guided_grammar":"start: \\"a\\"~1000000000"'), {400}),
+    "a grammar of 10^9 letters": (
+        _completion('"guided_grammar":"start: x{1000000000}\\nx: \\"a\\" | \\"b\\""'), {200}),
     "100,000 brackets": (_completion(f'"guided_regex":"{"(" * 100_000}"'), {400}),
 }  # fmt: skip
 

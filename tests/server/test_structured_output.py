@@ -55,6 +55,12 @@ GOOD: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"grammar": 'start: "a"'}}, "start"),
     ({"structured_outputs": {"json_object": True}}, '"type":"object"'),
     ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, "<tool_call>"),
+    # Bounds that cost nothing, since they are only counted up to.
+    ({"guided_json": {"type": "array", "maxItems": 10**9}}, "maxItems"),
+    ({"guided_json": {"type": "string", "maxLength": 10**6}}, "maxLength"),
+    ({"guided_json": {"anyOf": [{"type": "null"}, {"type": "array", "minItems": 10**9}]}}, "minItems"),
+    ({"guided_regex": "[ab]{0,1000000}"}, "{0,1000000}"),
+    ({"guided_grammar": 'start: x{0,1000000000}\nx: "a" | "b"'}, "1000000000"),
 ]
 FREE: list[dict[str, Any]] = [
     {},
@@ -127,6 +133,38 @@ BAD: list[tuple[dict[str, Any], str, str, str]] = [
         "guided_json",
         "grammar_too_complex",
         "0.7 s",
+    ),
+    # More than any answer has.
+    (
+        {"guided_json": {"type": "array", "minItems": 10**9}},
+        "guided_json",
+        "invalid_json_schema",
+        "'minItems' takes more than",
+    ),
+    (
+        {
+            "guided_json": {
+                "type": "object",
+                "properties": {"a": {"type": "string", "minLength": 10**9}},
+                "required": ["a"],
+            }
+        },
+        "guided_json",
+        "invalid_json_schema",
+        "'minLength' at '/properties/a'",
+    ),
+    (
+        {"guided_json": {"type": "object", "minProperties": 1e9}},
+        "guided_json",
+        "invalid_json_schema",
+        "minPro",
+    ),
+    ({"guided_regex": "[ab]{1000000}"}, "guided_regex", "invalid_regex", "more than"),
+    (  # a list of nothing but forced tokens
+        {"structured_outputs": {"grammar": 'start: "a"~1000000000'}},
+        "structured_outputs.grammar",
+        "invalid_grammar",
+        "Too many items",
     ),
     ({"guided_regex": "(a"}, "guided_regex", "invalid_regex", "regex"),
     ({"guided_regex": "(?=a)b"}, "guided_regex", "invalid_regex", "regex"),
@@ -248,7 +286,7 @@ async def test_tgi_grammars(tokenizer: Tokenizer) -> None:
 async def test_a_hostile_grammar_stops_neither_the_event_loop_nor_other_grammars(
     tokenizer: Tokenizer,
 ) -> None:
-    check = GrammarCheck(tokenizer)
+    check = GrammarCheck(tokenizer, lambda: 1000)
     assert await check.error_in(from_regex("a")) is None
     hostile = from_json_schema(
         {"allOf": [{"type": "string", "pattern": f".*a.{{{n}}}b"} for n in range(10, 30)]}
@@ -270,7 +308,7 @@ async def test_a_hostile_grammar_stops_neither_the_event_loop_nor_other_grammars
 
 
 async def test_what_other_parts_of_the_server_ask_for(tokenizer: Tokenizer) -> None:
-    structured_output = StructuredOutput(GrammarCheck(tokenizer), tokenizer.special_token_names)
+    structured_output = StructuredOutput(GrammarCheck(tokenizer, lambda: 1000), tokenizer.special_token_names)
     grammar = await structured_output.checked(grammar_constraint('start: <|im_start|> "a"', "tools"))
     assert "im_start" in grammar
     await structured_output.checked(json_constraint(SCHEMA, "tools[0].function.parameters"))
@@ -282,10 +320,10 @@ async def test_what_other_parts_of_the_server_ask_for(tokenizer: Tokenizer) -> N
 
 async def test_verdicts_are_not_all_remembered(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("server.grammar_check._MAX_VERDICTS", 10)
-    check = GrammarCheck(tokenizer)
-    asked: list[bytes] = []
+    check = GrammarCheck(tokenizer, lambda: 1000)
+    asked: list[str] = []
 
-    def ask(grammar: bytes) -> str:
+    def ask(grammar: str, max_tokens: int) -> str:
         asked.append(grammar)
         return ""
 

@@ -20,7 +20,7 @@ from tests.server.in_process_engine import SPEC, ScriptedEngine, tokens
 
 def _validator(tokenizer: Tokenizer, **spec: Any) -> Validator:
     engine = ScriptedEngine(tokens([1]), dataclasses.replace(SPEC, **spec))
-    structured_output = StructuredOutput(GrammarCheck(tokenizer), frozenset())
+    structured_output = StructuredOutput(GrammarCheck(tokenizer, lambda: 1000), frozenset())
     return Validator(engine, Tokenization(tokenizer), structured_output, (MODEL, "alias"), lambda name: None)
 
 

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine_runtime.grammars.compiler import GrammarCompiler, GrammarError
+from engine_runtime.grammars.compiler import GrammarCompiler, GrammarError, follow_forced
 from engine_runtime.grammars.matchers import GrammarMatchers
 from scheduler.messages import Request, SamplingParams, ScheduledSequence, Vocabulary
 from server.grammars import from_choices, from_grammar, from_json_schema, from_regex
@@ -121,6 +122,33 @@ def test_tokens_without_alternative_are_forced(follower: Follower) -> None:
     assert follower.tokenizer.decode(forced) == "name"
     follower.begin(grammar, "reporting", logprobs=0)
     assert follower.matchers.accept("reporting", first).forced_token_ids == ()
+
+
+def test_no_more_is_forced_than_may_be_generated(follower: Follower) -> None:
+    grammar = from_json_schema({"const": "word " * 1000}, whitespace="")
+    for max_tokens, generated in ((10, ()), (30, tuple(follower.tokenizer.encode('"word word')))):
+        follower.begin(grammar, max_tokens=max_tokens, generated=generated)
+        ((first, *_),) = follower.allowed()
+        accepted = follower.matchers.accept("r", first)
+        assert len(accepted.forced_token_ids) == max_tokens - len(generated) - 1
+        assert (accepted.has_ended, accepted.error) == (False, None)
+        follower.matchers.forget("r")
+
+
+@pytest.mark.parametrize(
+    "grammar",
+    [
+        from_json_schema({"type": "array", "minItems": 10**9, "items": {"type": "null"}}, whitespace=""),
+        from_grammar('start: "a"~1000000000'),
+        from_grammar('start: "a" start'),
+        from_regex("a{1000000}"),
+    ],
+)
+def test_forced_text_without_an_end_is_refused(compiler: GrammarCompiler, grammar: str) -> None:
+    began = time.thread_time()
+    with pytest.raises(GrammarError, match=r"[tT]oo many"):
+        follow_forced(compiler.compile(grammar))
+    assert time.thread_time() - began < 1.0
 
 
 @pytest.mark.parametrize("num_cores", [1, 8])
