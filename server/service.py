@@ -22,8 +22,8 @@ from server.config import ServerConfig
 from server.engine_protocol import EngineClient
 from server.errors import DrainingError, EngineDeadError
 from server.grammar_check import GrammarCheck
-from server.idempotency import KeptAnswers
 from server.json_body import read_json_object
+from server.kept_answers import KeptAnswers
 from server.metric_parts import page
 from server.metrics import Metrics
 from server.peers import NoPeers, Peers

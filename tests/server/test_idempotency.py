@@ -9,7 +9,7 @@ import json
 import httpx
 import pytest
 
-import server.idempotency
+import server.kept_answers
 from scheduler.messages import EngineOutput, FinishReason, Request
 from server.api_keys import api_key
 from server.app import create_app
@@ -159,17 +159,17 @@ async def test_several_processes_ask_each_other(tokenizer: Tokenizer) -> None:
 
 
 async def test_what_is_kept_is_bounded(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(server.idempotency, "_MAX_ANSWERS", 3)
+    monkeypatch.setattr(server.kept_answers, "_MAX_ANSWERS", 3)
     engine = ScriptedEngine(tokens([28]))
     async with api(engine, tokenizer) as client:
         answers = {key: (await _post(client, key)).content for key in "abcd"}
         for key in "bcd":
             assert (await _post(client, key)).content == answers[key]
         assert (await _post(client, "a")).content != answers["a"]
-        monkeypatch.setattr(server.idempotency, "_MAX_BYTES", 100)
+        monkeypatch.setattr(server.kept_answers, "_MAX_BYTES", 100)
         await _post(client, "e")
         assert "idempotent-replayed" not in (await _post(client, "d")).headers
-        monkeypatch.setattr(server.idempotency, "_MAX_ANSWER_BYTES", 100)
+        monkeypatch.setattr(server.kept_answers, "_MAX_ANSWER_BYTES", 100)
         assert (await _post(client, "f")).status_code == 200
         assert _code(await _post(client, "f")) == "idempotency_answer_lost"
         for wrong in ("", "a b", "x" * 256):
