@@ -16,6 +16,7 @@ from server.fields import refuse_unknown
 from server.grammar_check import GrammarCheck
 from server.guard import Guard
 from server.idempotency import Idempotency
+from server.metric_aliases import add_aliases
 from server.metrics import Metrics
 from server.model_formats import model_formats
 from server.response_database import ResponseDatabase
@@ -56,9 +57,8 @@ def create_app(
     """
     tokenization = Tokenization(tokenizer)
     admission = Admission(config, engine)
-    metrics = Metrics(
-        config.metrics_prefix, config.served_model_names[0], engine, admission, config.metrics_compat
-    )
+    metrics = Metrics(config.metrics_prefix, config.served_model_names[0], engine, admission)
+    add_aliases(metrics, config.served_model_names[0], config.metrics_compat)
     formats = model_formats(tokenizer.chat_template, config.tool_call_parser, config.reasoning_parser)
     check = GrammarCheck(tokenizer, lambda: engine.spec.max_model_len)
     metrics.grammar_check = check

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING
 
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily
 from prometheus_client.metrics_core import Metric
@@ -11,9 +10,18 @@ from prometheus_client.registry import Collector
 
 from scheduler.messages import FinishReason
 from server.histogram import Histogram
+from server.metrics import Metrics
 
-if TYPE_CHECKING:
-    from server.metrics import Metrics
+
+def add_aliases(metrics: Metrics, model_name: str, compat: str | None) -> None:
+    """Has the page show them too.
+
+    Args:
+        compat: ``tgi`` adds the names of that server.
+    """
+    metrics.register(GenAiMetrics(metrics, model_name))
+    if compat == "tgi":
+        metrics.register(TgiMetrics(metrics))
 
 
 class GenAiMetrics(Collector):

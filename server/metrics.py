@@ -25,7 +25,6 @@ from server.fields import Path
 from server.grammar_check import GrammarCheck
 from server.histogram import Histogram, one_two_five_buckets
 from server.logs import log_request
-from server.metric_aliases import GenAiMetrics, TgiMetrics
 from server.metric_parts import encoded_parts
 from server.operation_metrics import OperationMetrics
 from server.request_trace import SequenceTimes, request_trace
@@ -56,13 +55,11 @@ class Metrics(Collector):
         model_name: str,
         engine: EngineClient,
         admission: Admission,
-        compat: str | None = None,
     ) -> None:
         """
         Args:
             prefix: before the colon of every name.
             model_name: the value of the label of that name.
-            compat: ``tgi`` adds the names of that server.
         """
         self._prefix = prefix
         self._labels = {"model_name": model_name, "engine": "0"}
@@ -88,10 +85,11 @@ class Metrics(Collector):
         self._registry.register(self)
         self.operation = OperationMetrics(prefix, self._labels, engine, admission)
         self._registry.register(self.operation)
-        self._registry.register(GenAiMetrics(self, model_name))
-        if compat == "tgi":
-            self._registry.register(TgiMetrics(self))
         ProcessCollector(registry=self._registry)
+
+    def register(self, collector: Collector) -> None:
+        """Has the page show more."""
+        self._registry.register(collector)
 
     @property
     def num_waiting(self) -> int:

@@ -24,6 +24,7 @@ from functools import partial
 from server.admission import Admission
 from server.config import ServerConfig
 from server.engine_client import ZmqEngineClient
+from server.metric_aliases import add_aliases
 from server.metric_parts import kept_parts, summed_parts
 from server.metrics import Metrics
 from server.transport import Progress, Ready
@@ -122,8 +123,8 @@ class WorkerSupervisor:
             config.served_model_names[0],
             self._engine,
             Admission(config, self._engine),
-            config.metrics_compat,
         )
+        add_aliases(self._metrics, config.served_model_names[0], config.metrics_compat)
 
     async def run(self) -> str | None:
         """Returns None after a signal, else why it could not go on."""
