@@ -61,6 +61,17 @@ def record(name: str, model: PreTrainedModel, prompts: list[list[int]], full_ste
 
 
 @torch.inference_mode()
+def record_vectors(name: str, model: PreTrainedModel, prompts: list[list[int]]) -> None:
+    """Writes ``recorded/NAME.npz``: of every fourth prompt the final hidden states' mean, and the last."""
+    hidden = [model.base_model(torch.tensor([prompt])).last_hidden_state[0] for prompt in prompts[::4]]
+    np.savez_compressed(
+        FOLDER / f"{name}.npz",
+        mean=torch.stack([states.mean(0) for states in hidden]).numpy(),
+        last=torch.stack([states[-1] for states in hidden]).numpy(),
+    )
+
+
+@torch.inference_mode()
 def _generate(model: PreTrainedModel, prompts: list[list[int]]) -> list[torch.Tensor]:
     """Greedy generation after each prompt, a few together: logits [NUM_TOKENS, vocab_size]."""
     length = max(len(prompt) for prompt in prompts)
@@ -113,14 +124,16 @@ def main(names: list[str]) -> None:
     FOLDER.mkdir(exist_ok=True)
     if not names or "rope" in names:
         record_rope()
-    if not names or "smollm2" in names:
+    if not names or {"smollm2", "smollm2-vectors"} & set(names):
         path = fetch_default_model()
         tokenizer = load_tokenizer(path)
         model = AutoModelForCausalLM.from_pretrained(
             path.parent, gguf_file=path.name, dtype=torch.float32, attn_implementation="eager"
         )
         prompts = make_prompts(lambda text: tokenizer.encode(text, add_special_tokens=False))
-        record("smollm2", model.eval(), prompts, ())
+        record_vectors("smollm2-vectors", model.eval(), prompts)
+        if not names or "smollm2" in names:
+            record("smollm2", model, prompts, ())
     if "gemma3-270m" in names:
         path = fetch_gemma3_270m()
         tokenizer = load_tokenizer(path)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -75,3 +76,9 @@ def load_recordings(name: str) -> list[Recording]:
         )
         for i, prompt in enumerate(prompts)
     ]
+
+
+def load_vectors(name: str, kind: Literal["mean", "last"]) -> list[NDArray[np.float32]]:
+    """Pooled final hidden states [H] of every fourth prompt of the recordings ``name``."""
+    with np.load(FOLDER / f"{name}-vectors.npz") as data:
+        return list(data[kind])

@@ -18,6 +18,7 @@ from scheduler.executor import Executor
 from scheduler.messages import SamplingParams
 from tests.engine_runtime.executors.generation import Limited, generate
 from tests.reference.dense_decoder import DenseDecoder
+from tests.reference.recordings import load_recordings, load_vectors
 from tests.reference.tiny_checkpoints import CONFIGS, write_tiny_checkpoint
 
 Vector = NDArray[np.float64]
@@ -71,6 +72,14 @@ def test_it_does_not_depend_on_the_steps(smollm2_int8: Executor, kind: Literal["
             np.testing.assert_allclose(other, vector, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("kind", ["mean", "last"])
+def test_against_transformers(smollm2_float32: Executor, kind: Literal["mean", "last"]) -> None:
+    prompts = [recording.prompt_token_ids for recording in load_recordings("smollm2")[::4][:6]]
+    found = _pooled(smollm2_float32, kind, prompts)
+    for vector, expected in zip(found, load_vectors("smollm2", kind), strict=False):
+        np.testing.assert_allclose(vector, expected, atol=1e-4 * np.abs(expected).max())
+
+
 def test_int8_is_near_float32(smollm2_int8: Executor, smollm2_float32: Executor) -> None:
     prompt = [_RNG.integers(3, 40_000, 60).tolist()]
     for kind in ("mean", "last"):
@@ -99,5 +108,9 @@ def test_pools() -> None:
         pool.add(rows[3:])
     assert mean.vector() == tuple(rows.mean(axis=0).tolist())
     assert last.vector() == tuple(rows[3].tolist())
+    for pool in (mean, last):
+        pool.add_sum(np.float32([9.0, 0.0, 1.0]), 1)
+    np.testing.assert_allclose(mean.vector(), [(18 + 9) / 5, 22 / 5, (26 + 1) / 5])
+    assert last.vector() == (9.0, 0.0, 1.0)
     with pytest.raises(ZeroDivisionError):
         PromptPool("mean").vector()
