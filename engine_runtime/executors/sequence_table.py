@@ -9,7 +9,7 @@ import numpy as np
 
 from engine_runtime.executors.sequence_state import SequenceState
 from engine_runtime.kernels.numpy_types import Int32Array
-from scheduler.messages import SchedulerOutput, TokenMasks
+from scheduler.messages import SamplingParams, SchedulerOutput, TokenMasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,15 @@ class SequenceTable:
             if scheduled.new_block_ids:
                 state.block_ids.extend(scheduled.new_block_ids)
             stop = scheduled.start + scheduled.num_tokens
-            prompt_rows = _prompt_rows(state, scheduled.start, stop)
+            prompt_rows = 0
+            if self.wants_prompt_rows(state.params):
+                prompt_rows = max(0, min(stop, state.num_prompt_tokens - 1) - scheduled.start)
             shares.append(Share(state, scheduled.start, stop, prompt_rows, scheduled.samples))
         return shares
+
+    def wants_prompt_rows(self, params: SamplingParams) -> bool:
+        """Whether every token of the prompt gets a row of logits."""
+        return params.reads_whole_prompt
 
     def runs(self, shares: list[Share]) -> Iterator[list[Share]]:
         """Splits a step into runs whose logits fit in memory; nearly always one.
@@ -95,12 +101,6 @@ class SequenceTable:
             free -= rest.num_rows
         if run:
             yield run
-
-
-def _prompt_rows(state: SequenceState, start: int, stop: int) -> int:
-    if not state.params.reads_whole_prompt:
-        return 0
-    return max(0, min(stop, state.num_prompt_tokens - 1) - start)
 
 
 def _split(share: Share, rows: int) -> tuple[Share | None, Share]:

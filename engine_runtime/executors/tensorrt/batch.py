@@ -11,11 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from engine_runtime.cuda import DeviceBuffer, PinnedBuffer, Stream
+from engine_runtime.executors.prompt_pool import PromptPool
 from engine_runtime.executors.sequence_state import SequenceState
 from engine_runtime.executors.sequence_table import SequenceTable, Share
 from engine_runtime.executors.tensorrt.buckets import Buckets
+from engine_runtime.kernels.gpu_pooling import PIECE_ROWS, most_pieces
 from engine_runtime.kernels.numpy_types import Int32Array
-from scheduler.messages import SchedulerOutput
+from scheduler.messages import SamplingParams, SchedulerOutput
 
 _ALIGNMENT = 256
 
@@ -27,6 +29,7 @@ class StepInputs:
 
     Attributes:
         table_stride: columns of ``block_tables``, which lie apart, since only their first columns are copied.
+        most_pieces: rows of ``pieces``.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class StepInputs:
             "token_ids": 4 * max_tokens,
             "positions": 4 * max_tokens,
             "slots": 4 * max_tokens,
+            "pieces": 8 * most_pieces(max_tokens, max_num_seqs),
         }
         self._places: dict[str, tuple[int, int]] = {}
         end = 0
@@ -60,6 +64,7 @@ class StepInputs:
             self._places[name] = end, size
             end = -(-(end + size) // _ALIGNMENT) * _ALIGNMENT
         self._num_bytes = end
+        self.most_pieces = most_pieces(max_tokens, max_num_seqs)
         self.table_stride = max_blocks
         table_bytes = 4 * max_num_seqs * max_blocks
         self._device = DeviceBuffer(end + table_bytes)
@@ -127,6 +132,7 @@ class StepShape:
         num_tiles: of the other sequences, see ``PagedAttention.prefill_tiles``.
         num_rows: of logits, a bucket.
         is_decode: every sequence has one token and samples, so that rows and tokens are the same.
+        num_pieces: of sequences whose final hidden states are added up; none with ``is_decode``.
     """
 
     num_tokens: int
@@ -134,6 +140,15 @@ class StepShape:
     num_tiles: int
     num_rows: int
     is_decode: bool
+    num_pieces: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class PooledPiece:
+    """Rows of a run whose final hidden states are added up, for ``pool``."""
+
+    pool: PromptPool
+    num_rows: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +160,7 @@ class ArrangedRun:
         prompt_shares: those with rows of prompt tokens, in order.
         slots, positions: of ``sampling``: int32 [n]; how many tokens precede the sampled one.
         targets: (token id, top_n) of the rows of prompt tokens.
+        pieces: what is added up, in the order of the sums.
     """
 
     shape: StepShape
@@ -155,6 +171,7 @@ class ArrangedRun:
     targets: Sequence[tuple[int, int]]
     num_sequences: int
     num_blocks: int
+    pieces: Sequence[PooledPiece] = ()
 
 
 class DeviceBatch(SequenceTable):
@@ -162,6 +179,10 @@ class DeviceBatch(SequenceTable):
 
     A sampled token is written to the slot by the device. The host, which does not know it yet, keeps
     ``-slot - 1`` in its place, and that is what the embedding lookup gets.
+
+    Attributes:
+        slots: by request id.
+        pools: of the sequences whose hidden states are pooled and not yet complete, by request id.
     """
 
     def __init__(
@@ -186,11 +207,13 @@ class DeviceBatch(SequenceTable):
         self._token_buckets = token_buckets
         self._tiles = tiles
         self.slots: dict[str, int] = {}
+        self.pools: dict[str, PromptPool] = {}
         self._free = list(range(max_slots))
         self._tables = np.zeros((max_slots, inputs.table_stride), np.int32)
 
     def apply(self, step: SchedulerOutput) -> list[Share]:
         for request_id in step.released:
+            self.pools.pop(request_id, None)
             slot = self.slots.pop(request_id, None)
             if slot is not None:
                 heapq.heappush(self._free, slot)
@@ -198,12 +221,25 @@ class DeviceBatch(SequenceTable):
             slot = self.slots[new.request_id] = heapq.heappop(self._free)
             self._tables[slot, : len(new.block_ids)] = new.block_ids
         shares = super().apply(step)
+        for new in step.new:
+            if (pool := self.states[new.request_id].pool) is not None:
+                self.pools[new.request_id] = pool
         for scheduled in step.scheduled:
             if scheduled.new_block_ids:
                 blocks = self.states[scheduled.request_id].block_ids
                 first = len(blocks) - len(scheduled.new_block_ids)
                 self._tables[self.slots[scheduled.request_id], first : len(blocks)] = scheduled.new_block_ids
         return shares
+
+    def wants_prompt_rows(self, params: SamplingParams) -> bool:
+        return params.prompt_logprobs is not None  # hidden states are pooled without logits
+
+    def take_pools(self, shares: Sequence[Share]) -> dict[str, PromptPool]:
+        """Those of the shares that sample, by request id: nothing more is added to them in later steps."""
+        if not self.pools:
+            return {}
+        ids = [share.state.request_id for share in shares if share.samples]
+        return {request_id: self.pools.pop(request_id) for request_id in ids if request_id in self.pools}
 
     def slot(self, state: SequenceState) -> int:
         return self.slots[state.request_id]
@@ -213,6 +249,8 @@ class DeviceBatch(SequenceTable):
         is_decode = all(share.samples and share.stop - share.start == 1 for share in run) and not any(
             share.num_prompt_rows for share in run
         )
+        if is_decode and self.pools:
+            is_decode = not any(share.state.request_id in self.pools for share in run)
         # The scheduler lists running sequences first, so this moves little.
         ordered = run if is_decode else sorted(run, key=lambda share: share.stop - share.start > 1)
         slots = np.array([self.slots[share.state.request_id] for share in ordered], np.int32)
@@ -251,17 +289,19 @@ class DeviceBatch(SequenceTable):
         num_decodes = int((lengths == 1).sum())
         tiles = self._tiles(query_start[: num_sequences + 1], stops, num_decodes)
         self._inputs["tiles"][: tiles.size] = tiles.reshape(-1)
+        pieces = self._arrange_pieces(ordered, query_start) if self.pools else []
         shape = StepShape(
             num_tokens=self._token_buckets.choose(num_tokens),
             num_decodes=num_decodes,
             num_tiles=len(tiles),
             num_rows=num_rows,
             is_decode=False,
+            num_pieces=len(pieces),
         )
         self._pad_tokens(num_tokens, shape.num_tokens)
         return ArrangedRun(
             shape, sampling, prompt_shares, slots[is_sampling], stops[is_sampling], targets,
-            num_sequences, num_blocks,
+            num_sequences, num_blocks, pieces,
         )  # fmt: skip
 
     def _arrange_decode(self, run: Sequence[Share], slots: Int32Array, starts: Int32Array) -> StepShape:
@@ -289,6 +329,26 @@ class DeviceBatch(SequenceTable):
             place = np.arange(share.start, share.stop, dtype=np.int32)
             positions[first:end] = place
             cache_slots[first:end] = self._tables[slot, place // size] * size + place % size
+
+    def _arrange_pieces(self, run: Sequence[Share], query_start: Int32Array) -> list[PooledPiece]:
+        """Writes which rows are added up: of a mean those of the prompt, else the one that samples."""
+        places: list[tuple[int, int]] = []
+        pieces = []
+        for i, share in enumerate(run):
+            state = share.state
+            pool = self.pools.get(state.request_id)
+            if pool is None:
+                continue
+            start, stop = share.start, min(share.stop, state.num_prompt_tokens)
+            if state.params.pooling == "last":
+                start, stop = share.stop - share.samples, share.stop
+            first = int(query_start[i]) - share.start
+            for position in range(start, stop, PIECE_ROWS):
+                num_rows = min(PIECE_ROWS, stop - position)
+                places.append((first + position, num_rows))
+                pieces.append(PooledPiece(pool, num_rows))
+        self._inputs["pieces"][: 2 * len(places)] = np.array(places, np.int32).reshape(-1)
+        return pieces
 
     def _pad_tokens(self, number: int, bucket: int) -> None:
         padding: list[tuple[str, Any]] = [("token_ids", 0), ("positions", 0), ("slots", -1)]

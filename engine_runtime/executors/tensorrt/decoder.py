@@ -15,16 +15,22 @@ from engine_runtime.executors.tensorrt.tactics import SegmentFactory
 from engine_runtime.executors.tensorrt.weights import DeviceWeights
 from engine_runtime.kernels.gpu_attention import DecodeBatch, PagedAttention
 from engine_runtime.kernels.gpu_embedding import GpuEmbedding
+from engine_runtime.kernels.gpu_pooling import GpuPooling, most_pieces
 from engine_runtime.kernels.gpu_sampling import GpuSampler
 from engine_runtime.kernels.kernel_library import KernelLibrary
 from engine_runtime.kernels.sampling_rows import SamplingPath
 from engine_runtime.model_config import ModelConfig
-from engine_runtime.models.segment import SegmentKind
+from engine_runtime.models.segment import DType, SegmentKind
 from engine_runtime.rope import RopeConfig, rope_tables
 
 _logger = logging.getLogger(__name__)
 _ALIGNMENT = 256
 ITEM_BYTES = 2  # of activations
+_KERNEL_TYPES: Mapping[DType, Literal["bf16", "fp16", "fp32"]] = {
+    "bfloat16": "bf16",
+    "float16": "fp16",
+    "float32": "fp32",
+}
 
 
 def buffer_sizes(config: ModelConfig, max_tokens: int, max_rows: int) -> dict[str, int]:
@@ -37,6 +43,7 @@ def buffer_sizes(config: ModelConfig, max_tokens: int, max_rows: int) -> dict[st
         "row_attention": max_rows * config.q_size * ITEM_BYTES,
         "row_residual": max_rows * config.hidden_size * ITEM_BYTES,
         "logits": max_rows * config.vocab_size * 4,
+        "sums": most_pieces(max_tokens, max_rows) * config.hidden_size * 4,
     }
 
 
@@ -65,7 +72,12 @@ class KvCache:
 
 
 class DeviceDecoder:
-    """Enqueues runs. All addresses are fixed from the start, so that runs can be replayed as CUDA graphs."""
+    """Enqueues runs. All addresses are fixed from the start, so that runs can be replayed as CUDA graphs.
+
+    Attributes:
+        sums_address: float32 [pieces, H] on the device: of each piece of a run the sum of the final hidden
+            states.
+    """
 
     def __init__(
         self,
@@ -129,10 +141,19 @@ class DeviceDecoder:
         self._gather_attention = GpuEmbedding(library, dtype, at["attention"], max_tokens, config.q_size)
         last_residual = at[f"residual.{(config.num_hidden_layers - 1) % 2}"]
         self._gather_residual = GpuEmbedding(library, dtype, last_residual, max_tokens, config.hidden_size)
+        self.sums_address = at["sums"]
+        self._lender = _lender(config, weights)
+        self._pooling = _pooling(config, weights, library, dtype) if self._lender is not None else None
         self._workspaces = [DeviceBuffer(workspace_bytes)]
         self._bodies: dict[int, list[BoundSegment]] = {}
         self._heads: dict[tuple[int, bool], BoundSegment] = {}
+        self._endings: dict[int, BoundSegment] = {}
         self._graphs: dict[tuple[int, SamplingPath], CudaGraph | None] = {}
+
+    @property
+    def can_pool(self) -> bool:
+        """Whether runs may have pieces to add up."""
+        return self._pooling is not None
 
     def segment_addresses(self, layer: int) -> dict[str, int]:
         """Of weights, inputs and outputs of the segment after the attention of ``layer``; -1: the first."""
@@ -179,7 +200,7 @@ class DeviceDecoder:
             if graph is not None:
                 graph.close()
         # TensorRT's contexts must go before that of the device.
-        for made in (self._graphs, self._bodies, self._heads):
+        for made in (self._graphs, self._bodies, self._heads, self._endings):
             made.clear()
         for segments in self._segments.values():
             segments.close()
@@ -209,6 +230,8 @@ class DeviceDecoder:
         for layer, segment in enumerate(body):
             segment.enqueue(stream)
             self._attend(layer, shape, decodes)
+        if shape.num_pieces:
+            self._pool(shape)
         if shape.num_rows == 0:
             return
         if not shape.is_decode:
@@ -217,6 +240,15 @@ class DeviceDecoder:
             self._gather_residual.enqueue(stream, shape.num_rows, rows, sampled, at["row_residual"])
         self._head(shape.num_rows, is_decode=shape.is_decode).enqueue(stream)
         self._sampler.enqueue(stream, path, shape.num_rows, at["logits"], inputs.address("sampling"))
+
+    def _pool(self, shape: StepShape) -> None:
+        """Adds up what the last norm makes of the residual stream; overwrites nothing that the head reads."""
+        if self._pooling is None:
+            raise ValueError("the hidden states of this model cannot be pooled")
+        self._ending(shape.num_tokens).enqueue(self._stream)
+        residual = self._io(self._config.num_hidden_layers - 1)["residual_out"]
+        pieces = self._inputs.address("pieces")
+        self._pooling.enqueue(self._stream, residual, pieces, shape.num_pieces, self.sums_address)
 
     def _attend(self, index: int, shape: StepShape, decodes: DecodeBatch) -> None:
         stream, at, inputs, attention = self._stream, self._at, self._inputs, self._attention
@@ -264,6 +296,21 @@ class DeviceDecoder:
             self._heads[num_rows, is_decode] = head
         return head
 
+    def _ending(self, num_tokens: int) -> BoundSegment:
+        """The segment after the last attention as a middle one: of all tokens the residual stream, no logits.
+
+        It multiplies with the lender's weights for queries, keys and values, which nobody reads.
+        """
+        ending = self._endings.get(num_tokens)
+        if ending is None:
+            if self._lender is None:
+                raise ValueError("no layer has weights in the form of the last one's")
+            last = self._config.num_hidden_layers - 1
+            addresses = {**self._weights.addresses(self._lender), **self.segment_addresses(last)}
+            ending = self._make("middle", self._lender, num_tokens).bind(addresses)
+            self._endings[num_tokens] = ending
+        return ending
+
     def _io(self, layer: int) -> dict[str, int]:
         """The inputs and outputs of the segment after the attention of ``layer``; -1: of the first one."""
         at = self._at
@@ -287,3 +334,22 @@ class DeviceDecoder:
         if self._workspaces[-1].num_bytes < num_bytes:
             self._workspaces.append(DeviceBuffer(num_bytes))
         return self._workspaces[-1].address
+
+
+def _lender(config: ModelConfig, weights: DeviceWeights) -> int | None:
+    """A layer before a middle segment whose weights have the form of the last segment's."""
+    last = config.num_hidden_layers - 1
+    form = weights.quantization_of(last)
+    return next((layer for layer in range(last) if weights.quantization_of(layer) == form), None)
+
+
+def _pooling(
+    config: ModelConfig, weights: DeviceWeights, library: KernelLibrary, dtype: Literal["bf16", "fp16"]
+) -> GpuPooling | None:
+    """None if no kernel was compiled for these types."""
+    last = config.num_hidden_layers - 1
+    weight_dtype = _KERNEL_TYPES[weights.dtype_of(last, "norm.weight")]
+    if not GpuPooling.is_compiled(library, dtype, weight_dtype):
+        return None
+    address = weights.addresses(last)["norm.weight"]
+    return GpuPooling(library, dtype, weight_dtype, address, config.hidden_size, config.rms_norm_eps)

@@ -5,6 +5,9 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
+from dataclasses import replace
+
+import numpy as np
 
 from engine_runtime.cuda import CudaDevice, CudaError, Event, PinnedBuffer, Stream
 from engine_runtime.executors.sequence_table import Share
@@ -77,9 +80,12 @@ class TensorRTExecutor:
         self._inputs = inputs
         self._sampler = sampler
         self._builds = builds
-        # One a step in flight, and the last for runs that the host waits for at once.
+        # What is sampled comes first, then the sums of hidden states. One a step in flight, and the last for
+        # runs that the host waits for at once.
+        self._sums_at = sampler.output_bytes(SamplingPath.FULL)
         self._outputs = [
-            (PinnedBuffer(sampler.output_bytes(SamplingPath.FULL)), Event()) for _ in range(MAX_IN_FLIGHT + 1)
+            (PinnedBuffer(self._sums_at + inputs.most_pieces * 4 * spec.embedding_size), Event())
+            for _ in range(MAX_IN_FLIGHT + 1)
         ]
         self._turn = 0
         self._refused: set[str] = set()
@@ -146,10 +152,13 @@ class TensorRTExecutor:
             sampled |= self._start(run, masks, MAX_IN_FLIGHT)(reports)
         self._turn = (self._turn + 1) % MAX_IN_FLIGHT
         collect = self._start(last_run, masks, self._turn) if last_run else None
+        pools = self._batch.take_pools(runnable)
 
         def finish() -> ModelRunnerOutput:
             if collect is not None:
                 sampled.update(collect(reports))
+            for request_id, pool in pools.items():
+                sampled[request_id] = replace(sampled[request_id], embedding=pool.vector())
             tokens = [
                 sampled.get(share.state.request_id)
                 or SampledToken(share.state.request_id, 0, None, is_valid=False)
@@ -201,6 +210,9 @@ class TensorRTExecutor:
         self._stream.copy_to_host(
             output.address, self._sampler.output_address, self._sampler.output_bytes(packed.path)
         )
+        if shape.num_pieces:
+            num_bytes = shape.num_pieces * 4 * self._spec.embedding_size
+            self._stream.copy_to_host(output.address + self._sums_at, self._decoder.sums_address, num_bytes)
         event.record(self._stream)
         for share in arranged.sampling:
             share.state.token_ids.extend((-1 - self._batch.slot(share.state),))
@@ -225,6 +237,10 @@ class TensorRTExecutor:
             last = first + share.num_prompt_rows
             reports[request_id] = reports.get(request_id, ()) + tuple(found[first:last])
             first = last
+        if arranged.pieces:
+            sums = output.array[self._sums_at :].view(np.float32).reshape(-1, self._spec.embedding_size)
+            for piece, total in zip(arranged.pieces, sums, strict=False):
+                piece.pool.add_sum(total, piece.num_rows)
         return {token.request_id: token for token in tokens}
 
 

@@ -260,6 +260,7 @@ def _create(
         max_num_batched_tokens=max_tokens,
         device=f"{device.properties.name} ({', '.join(kinds)})",
         attention_parity=attention_parity(model, _ATTENTION_SLOWNESS),
+        embedding_size=model.hidden_size if decoder.can_pool else 0,
     )
     executor = TensorRTExecutor(spec, device, stream, decoder, batch, inputs, sampler, builds)
     report("first step", 0, 1)

@@ -96,6 +96,10 @@ class WeightPlan:
         found = [self._kind(layer) for layer in layers if self.quantization_of(layer) == quantization]
         return tuple(dict.fromkeys(found))
 
+    def dtype_of(self, layer: int, name: str) -> DType:
+        """Of a weight before it is quantized, by tensor name; ``layer`` as in ``offsets``."""
+        return next(weight.dtype for weight in self._weights(layer) if weight.name == name)
+
     @property
     def embedding_offset(self) -> int:
         """Of the table [vocabulary, hidden size]."""

@@ -245,6 +245,10 @@ class DeviceWeights:
         """As ``WeightPlan.quantization_of``."""
         return self._plan.quantization_of(layer)
 
+    def dtype_of(self, layer: int, name: str) -> DType:
+        """As ``WeightPlan.dtype_of``."""
+        return self._plan.dtype_of(layer, name)
+
     def addresses(self, layer: int) -> Mapping[str, int]:
         """Addresses of a segment's weights by tensor name; ``layer`` as in ``WeightPlan.offsets``."""
         return {name: self._buffer.address + offset for name, offset in self._plan.offsets(layer).items()}

@@ -62,10 +62,21 @@ def generate(
         patterns: for ``grammars``, one a prompt.
     """
     params = replace(params or SamplingParams(temperature=0.0), max_tokens=max_tokens)
+    requests = [
+        Request(str(i), tuple(prompt), params, grammar=patterns[i] if patterns else None)
+        for i, prompt in enumerate(prompts)
+    ]
+    return answer(executor, requests, grammars)
+
+
+def answer(
+    executor: Executor, requests: Sequence[Request], grammars: Grammars | None = None
+) -> tuple[list[Generated], EngineStats]:
+    """Runs all requests at once through an engine of its own; their ids are "0", "1", ..."""
     core = EngineCore(executor, grammars)
-    results = [Generated() for _ in prompts]
-    for i, prompt in enumerate(prompts):
-        core.add_request(Request(str(i), tuple(prompt), params, grammar=patterns[i] if patterns else None))
+    results = [Generated() for _ in requests]
+    for request in requests:
+        core.add_request(request)
     while core.has_work:
         for output in core.step().outputs:
             assert output.error is None, output.error

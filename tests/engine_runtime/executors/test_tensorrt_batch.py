@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install -e '.[gpu]'")
 
+from engine_runtime.executors.prompt_pool import PromptPool
+from engine_runtime.executors.sequence_state import SequenceState
+from engine_runtime.executors.sequence_table import Share
 from engine_runtime.executors.tensorrt.batch import ArrangedRun, DeviceBatch, StepShape
 from engine_runtime.executors.tensorrt.buckets import Buckets
+from engine_runtime.kernels.gpu_pooling import PIECE_ROWS
 from engine_runtime.kernels.numpy_types import Int32Array
 from scheduler.messages import NewSequence, SamplingParams, ScheduledSequence, SchedulerOutput
 
@@ -25,7 +31,16 @@ class PlainInputs:
     def __init__(self) -> None:
         self.arrays = {
             name: np.full(64, _POISON, np.int32)
-            for name in ("query_start", "context_len", "rows", "tiles", "token_ids", "positions", "slots")
+            for name in (
+                "query_start",
+                "context_len",
+                "rows",
+                "tiles",
+                "token_ids",
+                "positions",
+                "slots",
+                "pieces",
+            )
         }
         self.block_tables = np.full((8, _BLOCKS), _POISON, np.int32)
 
@@ -165,6 +180,77 @@ def test_prompt_rows_come_after_the_sampled_ones() -> None:
     assert inputs["rows"][:4].tolist() == [2, 5, 0, 1]
     assert arranged.targets == [(101, 2), (102, 2)]
     assert [share.state.request_id for share in arranged.prompt_shares] == ["a"]
+
+
+def _pooling(name: str, num_tokens: int, kind: Literal["mean", "last"], num_prompt: int = 0) -> NewSequence:
+    tokens = tuple(range(num_tokens))
+    return NewSequence(name, tokens, num_prompt or num_tokens, 0, (), SamplingParams(pooling=kind))
+
+
+def test_pooled_rows_come_in_pieces_without_logits() -> None:
+    batch, inputs = _batch()
+    arranged = _step(
+        batch,
+        ScheduledSequence("mean", 0, 5, (0, 1), False),
+        ScheduledSequence("one", 0, 1, (2,), True),
+        ScheduledSequence("last", 0, 4, (3,), False),
+        ScheduledSequence("free", 0, 3, (4,), True),
+        new=(_pooling("mean", 8, "mean"), _pooling("one", 1, "last"), _pooling("last", 7, "last"),
+             _new("free", 3)),
+    )  # fmt: skip
+    # "one" has one token, so it comes first; "last" has not come to its last token.
+    assert inputs["pieces"][:5].tolist() == [0, 1, 1, 5, _POISON]
+    assert arranged.shape.num_pieces == 2
+    assert [piece.num_rows for piece in arranged.pieces] == [1, 5]
+    assert [piece.pool for piece in arranged.pieces] == [batch.pools["one"], batch.pools["mean"]]
+    assert inputs["rows"][:2].tolist() == [0, 12]
+    assert (arranged.shape.num_rows, arranged.targets) == (2, [])
+    assert list(batch.take_pools(arranged.sampling)) == ["one"]
+
+    arranged = _step(
+        batch,
+        ScheduledSequence("mean", 5, 3, (), True),
+        ScheduledSequence("last", 4, 3, (5,), True),
+        ScheduledSequence("free", 3, 1, (), True),
+    )
+    assert inputs["pieces"][:5].tolist() == [1, 3, 6, 1, _POISON]
+    assert arranged.pieces[0].pool is batch.pools["mean"]
+    assert set(batch.take_pools(arranged.sampling)) == {"mean", "last"}
+    assert batch.pools == {}
+    arranged = _step(
+        batch, ScheduledSequence("mean", 8, 1, (6,), True), ScheduledSequence("one", 1, 1, (), True)
+    )
+    assert (arranged.shape.is_decode, arranged.shape.num_pieces) == (True, 0)
+
+
+def test_a_step_of_single_tokens_that_pools_is_no_decode() -> None:
+    batch, inputs = _batch()
+    arranged = _step(batch, ScheduledSequence("x", 0, 1, (0,), True), new=(_pooling("x", 1, "mean"),))
+    assert arranged.shape == StepShape(8, 1, 0, 1, is_decode=False, num_pieces=1)
+    assert inputs["pieces"][:3].tolist() == [0, 1, _POISON]
+
+
+def test_what_was_generated_before_a_preemption_is_not_pooled() -> None:
+    batch, inputs = _batch()
+    _step(batch, ScheduledSequence("m", 0, 3, (0,), False), new=(_pooling("m", 6, "mean"),))
+    first = batch.pools["m"]
+    again = _pooling("m", 8, "mean", num_prompt=6)
+    batch.apply(SchedulerOutput(1, (), (), ("m",)))
+    assert batch.pools == {}
+    arranged = _step(batch, ScheduledSequence("m", 0, 8, (0, 1), True), new=(again,))
+    assert inputs["pieces"][:3].tolist() == [0, 6, _POISON]
+    assert arranged.pieces[0].pool is batch.pools["m"] is not first
+
+
+def test_long_prompts_are_several_pieces() -> None:
+    batch, inputs = _batch()
+    share = Share(SequenceState(_pooling("m", 3 * PIECE_ROWS, "mean")), 7, 2 * PIECE_ROWS + 8, 0, False)
+    batch.pools["m"] = PromptPool("mean")
+    pieces = batch._arrange_pieces([share], np.array([40, 40 + share.stop - share.start], np.int32))
+    assert inputs["pieces"][:6].tolist() == [
+        40, PIECE_ROWS, 40 + PIECE_ROWS, PIECE_ROWS, 40 + 2 * PIECE_ROWS, 1,
+    ]  # fmt: skip
+    assert [piece.num_rows for piece in pieces] == [PIECE_ROWS, PIECE_ROWS, 1]
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install -e '.[gpu]'")
 
-from engine_runtime.executors.tensorrt.decoder import DeviceDecoder
+from engine_runtime.executors.tensorrt.decoder import DeviceDecoder, _lender
 from tests.engine_runtime.tiny_configs import tiny_config
 
 _FORMS = {-1: "none", 0: "fp8", 1: "none", 2: "fp8", 3: "none"}
@@ -44,7 +44,8 @@ def _decoder() -> tuple[Any, dict[str, NamedSegments]]:
     names = ("residual.0", "residual.1", "attention", "qkv", "logits", "row_attention", "row_residual")
     decoder._at = {name: name for name in names}
     decoder._workspaces = [SimpleNamespace(num_bytes=100, address=256)]
-    decoder._bodies, decoder._heads = {}, {}
+    decoder._bodies, decoder._heads, decoder._endings = {}, {}, {}
+    decoder._lender = _lender(decoder._config, decoder._weights)
     return decoder, factories
 
 
@@ -66,3 +67,34 @@ def test_the_head_reads_gathered_rows_unless_all_tokens_sample() -> None:
     assert decoder._head(8, is_decode=True) == ("none last 8", 3, "attention")
     assert decoder._head(8, is_decode=False) == ("none last 8", 3, "row_attention")
     assert factories["fp8"].made == []
+
+
+def test_the_ending_is_a_middle_segment_of_the_last_layers_weights() -> None:
+    decoder, factories = _decoder()
+    assert decoder._lender == 1
+    bound: dict[str, Any] = {}
+
+    def make(kind: str, num_tokens: int) -> Any:
+        return SimpleNamespace(workspace_bytes=0, use_workspace=lambda address: None, bind=bound.update)
+
+    factories["none"].make = make  # type: ignore[method-assign]
+    decoder._weights.addresses = lambda layer: {
+        f"{'layer' if layer == 3 else 'other layer'}.mlp": layer,
+        ("norm.weight" if layer == 3 else "next_layer.self_attn"): layer,
+        "layer.self_attn": layer,
+    }
+    decoder._ending(16)
+    assert (bound["layer.self_attn"], bound["layer.mlp"], bound["next_layer.self_attn"]) == (3, 3, 1)
+    assert (bound["residual"], bound["residual_out"]) == ("residual.1", "residual.0")
+    assert (bound["attention"], bound["qkv"]) == ("attention", "qkv")
+
+
+@pytest.mark.parametrize(
+    ("forms", "lender"),
+    [("nn", 0), ("nfn", 0), ("fnn", 1), ("ffn", None), ("n", None)],
+)
+def test_who_lends_weights(forms: str, lender: int | None) -> None:
+    layers = tiny_config("llama").layers[:1] * len(forms)
+    config = tiny_config("llama", num_hidden_layers=len(forms), layers=layers)
+    weights: Any = SimpleNamespace(quantization_of=forms.__getitem__)
+    assert _lender(config, weights) == lender
