@@ -269,6 +269,27 @@ def test_texts_that_follow_a_grammar(
 
 
 @pytest.mark.parametrize(
+    ("grammar", "text"),
+    [
+        (from_json_schema({"type": "object"}), '{"a b": "some <b>words</b>, [1] and `x`\\n"}'),
+        (from_json_schema({"type": "string", "maxLength": 25}), '"a few characters, éà"'),
+        (from_json_schema({"type": "string", "pattern": "^[a-z 0-9]{1,20}$"}), '"lower case 0 1 2"'),
+        (from_regex(r"[^<]*<b>(.|\n)*"), "some text and {a} b<b>more <b>\n text"),
+    ],
+)
+def test_slices_change_no_mask(
+    compiler: GrammarCompiler, tokenizer: Tokenizer, grammar: str, text: str
+) -> None:
+    plain = GrammarCompiler(tokenizer.vocabulary, slices=()).compile(grammar)
+    sliced = compiler.compile(grammar)
+    for token in tokenizer.encode(text, add_special_tokens=False):
+        assert sliced.compute_bitmask() == plain.compute_bitmask()
+        assert sliced.consume_token(token)
+        assert plain.consume_token(token)
+    assert sliced.compute_bitmask() == plain.compute_bitmask()
+
+
+@pytest.mark.parametrize(
     "grammar", [from_regex("(a"), from_grammar("start: nobody"), from_json_schema(False)]
 )
 def test_wrong_grammars_are_refused(compiler: GrammarCompiler, grammar: str) -> None:
