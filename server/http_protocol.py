@@ -13,7 +13,7 @@ from http import HTTPStatus
 from typing import Any
 
 import httptools
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
 
 from server.doorman import Doorman, Reply
@@ -79,6 +79,7 @@ class HttpProtocol(HttpToolsProtocol):
 
     - A head of more than 64 KiB or 100 headers is 431, with a URI over 8 KiB 414, after 10 s 408.
     - What is no HTTP, HTTP/1.1 without exactly one ``Host``, and ``CONNECT`` is 400 or 405.
+    - HTTP/1.0 is answered without chunks.
     - An ``Upgrade`` is ignored, and the request answered as if it had not been offered.
     - A client that reads nothing for 30 s while something waits for it is dropped.
     - What the doorman answers is answered once its head is there. The connection is kept if the body that
@@ -206,8 +207,37 @@ class HttpProtocol(HttpToolsProtocol):
                 else:
                     self._send(reply, method)
                 return
-        super().on_headers_complete()
+        if self.parser.get_http_version() == "1.0":
+            self._answer_without_chunks()
+        else:
+            super().on_headers_complete()
         self.scope[WRITE_CHUNK] = ChunkWriter(self.cycle)  # type: ignore[literal-required]
+
+    def _answer_without_chunks(self) -> None:
+        """HTTP/1.0 knows none: a response whose length is not known beforehand ends with its connection."""
+        app, cycle = self.app, self.cycle
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            has_length = True
+
+            async def send_plainly(message: Message) -> None:
+                nonlocal has_length
+                if message["type"] == "http.response.start":
+                    has_length = any(name.lower() == b"content-length" for name, _ in message["headers"])
+                    if not has_length:
+                        cycle.chunked_encoding = False
+                elif not has_length:
+                    cycle.expected_content_length = len(message.get("body", b""))
+                await send(message)
+
+            await app(scope, receive, send_plainly)
+
+        self.app = answer
+        try:
+            super().on_headers_complete()
+        finally:
+            self.app = app
+        cycle = self.cycle
 
     def on_body(self, body: bytes) -> None:
         if not self._is_dropping:

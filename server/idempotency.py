@@ -128,4 +128,4 @@ async def _send_again(known: KeptAnswer, digest: bytes, send: Send) -> None:
     ]
     headers += [(b"content-length", b"%d" % len(known.body)), (b"idempotent-replayed", b"true")]
     await send({"type": "http.response.start", "status": 200, "headers": headers})
-    await send({"type": "http.response.body", "body": known.body, "more_body": False})
+    await send({"type": "http.response.body", "body": bytes(known.body), "more_body": False})

@@ -29,7 +29,7 @@ class KeptAnswer:
     digest: bytes
     claim: str = field(default_factory=lambda: uuid.uuid4().hex)
     start: Message | None = None
-    body: bytes = b""
+    body: bytearray = field(default_factory=bytearray)
     is_complete: bool = False
     is_kept: bool = True
 
@@ -42,7 +42,7 @@ class KeptAnswer:
         if self.is_kept and len(self.body) + len(body) <= _MAX_ANSWER_BYTES:
             self.body += body
         else:
-            self.is_kept, self.body = False, b""
+            self.is_kept, self.body = False, bytearray()
         if is_last and self.start is not None and self.start["status"] == 200:
             # A stream that failed ends with an error event; one that did not, with an empty message.
             self.is_complete = not (self._is_stream and body)
@@ -91,7 +91,7 @@ class KeptAnswers:
         if answer is None or answer.claim == claim:
             return b""
         headers = [] if answer.start is None else [tuple(header) for header in answer.start["headers"]]
-        told = _Told(answer.digest, headers, answer.body, answer.is_complete, answer.is_kept)
+        told = _Told(answer.digest, headers, bytes(answer.body), answer.is_complete, answer.is_kept)
         return msgspec.msgpack.encode(told)
 
 
@@ -114,4 +114,4 @@ def answer_told(told: bytes) -> KeptAnswer:
     """What another API process has, from its answer to a ``question``."""
     found = msgspec.msgpack.decode(told, type=_Told)
     start = {"headers": found.headers}
-    return KeptAnswer(found.digest, "", start, found.body, found.is_complete, found.is_kept)
+    return KeptAnswer(found.digest, "", start, bytearray(found.body), found.is_complete, found.is_kept)

@@ -22,6 +22,9 @@ _KEEP_ALIVE_S = 15.0
 # Between two looks at a stream.
 _MIN_SLEEP_S = 1.0
 _KEEP_ALIVE = ServerSentEvent(comment="keep-alive", sep="\n").encode()
+# No line breaks of SSE, but of ``str.splitlines``, by which clients cut streams that are not OpenAI's own
+# (httpx' ``iter_lines``). Events are JSON, where such a letter can only be part of a string.
+_LINE_SEPARATORS = {letter.encode(): b"\\u%04x" % ord(letter) for letter in "\u0085\u2028\u2029"}
 # A reader that takes nothing for so long is gone, whatever its connection says.
 _STALL_S = 30.0
 
@@ -29,6 +32,12 @@ _STALL_S = 30.0
 def _cannot_write(chunk: bytes) -> bool:
     """In place of the server's own writer where the server is not ours."""
     return False
+
+
+def _without_line_separators(chunk: bytes) -> bytes:
+    for letter, escape in _LINE_SEPARATORS.items():
+        chunk = chunk.replace(letter, escape)
+    return chunk
 
 
 class EventStream(EventSourceResponse):
@@ -46,6 +55,7 @@ class EventStream(EventSourceResponse):
 
     def __init__(self, chunks: AsyncGenerator[bytes, None], request_id: str) -> None:
         super().__init__(chunks, sep="\n", ping=int(_KEEP_ALIVE_S))
+        del self.headers["connection"]  # whether it is kept is not the response's to say
         self._chunks = chunks
         self._request_id = request_id
         self._path = ""
@@ -90,6 +100,8 @@ class EventStream(EventSourceResponse):
         async for chunk in self._chunks:
             if not self._has_started:
                 await self._start(send)
+            if not chunk.isascii():
+                chunk = _without_line_separators(chunk)
             if not write(chunk):
                 self._is_sending = True
                 await send_body({"type": "http.response.body", "body": chunk, "more_body": True})

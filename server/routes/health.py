@@ -8,7 +8,7 @@ from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4
 from starlette.requests import Request
 from starlette.responses import Response
 
-from server.errors import EngineDeadError
+from server.errors import ApiError, DrainingError, EngineDeadError, ShuttingDownError
 from server.service import VERSION, service_of
 
 router = APIRouter()
@@ -25,9 +25,14 @@ async def live() -> Response:
 @router.api_route("/health/ready", methods=["GET", "HEAD"])
 async def ready(request: Request) -> Response:
     """The engine takes requests and gets on. ``/health`` means the same, as in vLLM."""
-    if not service_of(request).is_ready:
+    service = service_of(request)
+    if not service.is_ready:
+        error: ApiError = EngineDeadError("not ready")
+        if service.is_draining:
+            error = ShuttingDownError()
+        elif not service.takes_requests:
+            error = DrainingError()
         # Not raised: a probe a second would fill the log.
-        error = EngineDeadError("not ready")
         return Response(error.body(), error.status, error.headers, "application/json")
     return Response(_OK, media_type="application/json")
 

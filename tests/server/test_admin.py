@@ -167,7 +167,8 @@ async def test_a_drained_server_finishes_what_runs_and_takes_nothing_new(both: B
     while not (await both.admin.get("/admin/requests")).json()["data"]:  # noqa: ASYNC110
         await asyncio.sleep(0.005)
     assert (await both.admin.post("/admin/drain", json={})).json()["takes_requests"] is False
-    assert (await both.main.get("/health/ready")).status_code == 503
+    ready = await both.main.get("/health/ready")
+    assert (ready.status_code, ready.json()["error"]["code"]) == (503, "draining")
     assert (await both.main.get("/health/live")).status_code == 200
     for path, body in (
         ("/v1/chat/completions", chat()),

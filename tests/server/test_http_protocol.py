@@ -168,6 +168,18 @@ async def test_older_and_absolute_forms_of_http(port: int) -> None:
         assert headers["allow"] == "get"
 
 
+@pytest.mark.parametrize("kept", ["", "Connection: keep-alive\r\n"])
+async def test_a_stream_of_http_1_0_has_no_chunks_and_ends_with_its_connection(port: int, kept: str) -> None:
+    body = json.dumps(chat("x", stream=True)).encode()
+    request = _post(f"Content-Length: {len(body)}", *kept.split("\r\n")[:-1]) + body
+    request = request.replace(b"HTTP/1.1", b"HTTP/1.0")
+    head, events = (await _until_closed(port, request)).split(b"\r\n\r\n", 1)
+    assert b"transfer-encoding" not in head
+    assert [line for line in head.split(b"\r\n") if b"connection" in line] == [b"connection: close"]
+    assert events.startswith(b"data: {")
+    assert events.endswith(b"}\n\ndata: [DONE]\n\n")
+
+
 async def test_a_trailer_is_no_header(tokenizer: Tokenizer) -> None:
     config = ServerConfig(api_key=server.config.parse_api_keys("sk-1"))
     async with serving(create_app(config, ScriptedEngine(tokens([1])), tokenizer)) as port:

@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import httpx
 import pytest
 from fastapi import FastAPI
 
@@ -98,6 +99,28 @@ async def test_a_client_that_leaves_while_its_body_is_read(
         await asyncio.sleep(0.05)
     assert engine.requests == []
     assert "Traceback" not in caplog.text
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/generate_stream"])
+async def test_an_event_is_one_line_for_clients_that_know_more_line_breaks_than_sse(
+    tokenizer: Tokenizer, path: str
+) -> None:
+    text = "a\u2028\u2029 é\u0085b\x0c\x1c\x1e"
+    engine = ScriptedEngine(tokens(*([each] for each in tokenizer.encode(text))))
+    async with (
+        serving(_app(engine, tokenizer)) as port,
+        httpx.AsyncClient() as client,
+        client.stream(
+            "POST", f"http://127.0.0.1:{port}{path}", json={"prompt": "x", "inputs": "x", "stream": True}
+        ) as response,
+    ):
+        lines = [line async for line in response.aiter_lines()]  # as ``str.splitlines`` cuts them
+    sent = [json.loads(line[5:]) for line in lines if line.startswith("data:") and "[DONE]" not in line]
+    if path == "/v1/completions":
+        assert "".join(event["choices"][0]["text"] for event in sent) == text
+    else:
+        assert sent[-1]["generated_text"] == text
+    assert any("é" in line for line in lines)
 
 
 @pytest.fixture
