@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ _THROUGHPUT_EXAMPLES = """\
 examples:
   inflightd bench throughput                                   starts a server with the default model
   inflightd bench throughput -- model.gguf --max-num-seqs 64   starts one with these flags
-  inflightd bench throughput --url http://127.0.0.1:8000 --requests 500 --output-tokens 256"""
+  inflightd bench throughput --url http://127.0.0.1:8000 --requests 500 --concurrency 200"""
 
 _LATENCY_HELP = """\
 Sends one request after the other and reports times: to the first token (TTFT), between tokens (ITL), a token
@@ -50,7 +51,10 @@ examples:
 
 def _numbers(kind: Callable[[str], Any], minimum: float) -> Callable[[str], tuple[Any, ...]]:
     def parse(text: str) -> tuple[Any, ...]:
-        values = tuple(kind(part) for part in text.split(","))
+        try:
+            values = tuple(kind(part) for part in text.split(","))
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r}: give numbers with commas between them") from None
         if not all(minimum <= value < float("inf") for value in values):
             raise argparse.ArgumentTypeError(f"{text!r}: each must be at least {minimum}")
         return values
@@ -60,10 +64,47 @@ def _numbers(kind: Callable[[str], Any], minimum: float) -> Callable[[str], tupl
 
 def _at_least(minimum: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        value = int(text)
+        try:
+            value = int(text)
+        except ValueError:
+            raise argparse.ArgumentTypeError(f"{text!r} is no whole number") from None
         if value < minimum:
             raise argparse.ArgumentTypeError(f"{text!r}: it must be at least {minimum}")
         return value
+
+    return parse
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds above 0")
+    return value
+
+
+def _temperature(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 0 on")
+    return value
+
+
+def _file(*endings: str) -> Callable[[str], Path]:
+    """A file that can be written, which is better known before a load than behind it."""
+
+    def parse(text: str) -> Path:
+        path = Path(text)
+        if endings and path.suffix not in endings:
+            raise argparse.ArgumentTypeError(f"{text!r} does not end in {' or '.join(endings)}")
+        if path.is_dir() or not os.access(path if path.exists() else path.parent, os.W_OK):
+            raise argparse.ArgumentTypeError(f"{text!r} cannot be written")
+        return path
 
     return parse
 
@@ -94,7 +135,7 @@ def add_bench_arguments(parser: argparse.ArgumentParser) -> None:
     startup = _kind(kinds, "startup", "how long a server takes to start", _STARTUP_HELP, _STARTUP_EXAMPLES)
     startup.add_argument("--runs", type=_at_least(1), default=3, metavar="N", help="(default: %(default)s)")
     startup.add_argument("--api-key", metavar="KEY", help="of the server; better in INFLIGHTD_API_KEY")
-    startup.add_argument("--json", type=Path, metavar="FILE", help="write all figures there")
+    startup.add_argument("--json", type=_file(), metavar="FILE", help="write all figures there")
     _add_flags(startup)
 
 
@@ -127,17 +168,17 @@ def _add_workload(parser: argparse.ArgumentParser, requests: str) -> None:
     add("--prompts", type=Path, metavar="FILE",
         help='prompts instead of random ones: a line each, or {"prompt": ...} in a .jsonl file')  # fmt: skip
     add("--output-tokens", type=_at_least(1), default=128, metavar="N", help="(default: %(default)s)")
-    add("--temperature", type=float, default=0.0, help="(default: %(default)s)")
+    add("--temperature", type=_temperature, default=0.0, help="(default: %(default)s)")
     add(
         "--no-ignore-eos", action="store_true", help="let answers end by themselves; plain OpenAI fields only"
     )
     add("--seed", default="0", help="of prompts and arrivals (default: %(default)s)")
     add(
         "--timeout",
-        type=float,
+        type=_seconds,
         default=300.0,
         metavar="SECONDS",
         help="for one request (default: %(default)s)",
     )
-    add("--json", type=Path, metavar="FILE", help="write all figures there")
-    add("--plot", type=Path, metavar="FILE.svg", help="draw latency against load there")
+    add("--json", type=_file(), metavar="FILE", help="write all figures there")
+    add("--plot", type=_file(".svg"), metavar="FILE.svg", help="draw latency against load there")

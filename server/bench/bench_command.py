@@ -31,20 +31,25 @@ class BenchError(Exception):
 
 
 def run_bench(parsed: argparse.Namespace, api_key: str | None) -> int:
-    """Runs what was asked for, prints a table; returns 1 if nothing could be run or every request failed."""
+    """Runs what was asked for, prints a table; returns 1 if nothing could be run or every request failed.
+
+    Interrupted, it shows the loads that are complete, and returns 130.
+    """
     try:
         if parsed.bench == "startup":
             return _bench_startup(parsed, api_key)
+        if parsed.url and getattr(parsed, "flags", None):
+            raise BenchError("flags behind -- are for a server that is started; leave out --url or them")
         with ExitStack() as stack:
-            url: str = parsed.url or stack.enter_context(OwnServer(parsed.flags)).url
-            return _bench_load(parsed, url, api_key)
+            url: str = parsed.url or stack.enter_context(OwnServer(parsed.flags, api_key)).url
+            return _bench_load(parsed, url.rstrip("/").removesuffix("/v1"), api_key)
     except (BenchError, OwnServerError, WorkloadError, httpx.HTTPError, ValueError, OSError) as error:
         print(f"inflightd bench: {error}", file=sys.stderr)  # noqa: T201
         return 1
 
 
 def _bench_startup(parsed: argparse.Namespace, api_key: str | None) -> int:
-    starts = [measure_start(parsed.flags, _headers(api_key)) for _ in range(parsed.runs)]
+    starts = [measure_start(parsed.flags, api_key) for _ in range(parsed.runs)]
     print(startup_table(starts))  # noqa: T201
     document = {"flags": parsed.flags, "starts": [start.as_json() for start in starts]}
     _write_json(parsed.json, parsed.bench, document)
@@ -63,7 +68,15 @@ def _bench_load(parsed: argparse.Namespace, url: str, api_key: str | None) -> in
         ignores_eos=not parsed.no_ignore_eos,
         temperature=parsed.temperature,
     )
-    reports = list(_reports(parsed, target, workload))
+    reports: list[LoadReport] = []
+    is_interrupted = False
+    try:
+        for report in _reports(parsed, target, workload):
+            reports.append(report)  # noqa: PERF402 - those before an interruption stay
+    except KeyboardInterrupt:
+        if not reports:
+            raise
+        is_interrupted = True
     tables = {"serve": table, "throughput": throughput_table, "latency": latency_table}
     print(tables[parsed.bench](reports))  # noqa: T201
     document = {
@@ -75,6 +88,9 @@ def _bench_load(parsed: argparse.Namespace, url: str, api_key: str | None) -> in
     _write_json(parsed.json, parsed.bench, document)
     if parsed.plot:
         parsed.plot.write_text(plot(f"{workload.model} at {url}", reports))
+    if is_interrupted:
+        print("inflightd bench: interrupted", file=sys.stderr)  # noqa: T201
+        return 130
     return 0 if any(report.num_completed for report in reports) else 1
 
 
@@ -130,8 +146,9 @@ def _headers(api_key: str | None) -> dict[str, str]:
 
 def _first_model(url: str, api_key: str | None) -> str:
     try:
-        response = httpx.get(f"{url.rstrip('/')}/v1/models", headers=_headers(api_key), timeout=10.0)
+        response = httpx.get(f"{url}/v1/models", headers=_headers(api_key), timeout=10.0)
         response.raise_for_status()
         return str(response.json()["data"][0]["id"])
     except (httpx.HTTPError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise BenchError(f"no list of models at {url}: {error}. Name one with --model.") from None
+        told = str(error).partition("\n")[0]  # httpx adds a page about the status
+        raise BenchError(f"no list of models at {url}: {told}. Name one with --model.") from None

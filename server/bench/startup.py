@@ -30,19 +30,19 @@ class Start:
         return asdict(self)
 
 
-def measure_start(flags: Sequence[str], headers: dict[str, str]) -> Start:
+def measure_start(flags: Sequence[str], api_key: str | None) -> Start:
     """Starts a server, asks it for one token, and ends it.
 
     Raises:
         OwnServerError, httpx.HTTPError: it did not start, or did not answer.
     """
-    with OwnServer(flags) as server:
+    with OwnServer(flags, api_key) as server:
         ready_bytes = server.resident_bytes()
         began = time.perf_counter()
         response = httpx.post(
             f"{server.url}/v1/completions",
             json={"prompt": "Hello", "max_tokens": 1, "temperature": 0},
-            headers=headers,
+            headers=server.headers,
             timeout=120.0,
         )
         response.raise_for_status()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import re
 import ssl
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -19,6 +20,10 @@ from urllib.parse import urlsplit
 import uvloop
 
 LAST_CHUNK = b"\r\n0\r\n\r\n"  # with the end of the chunk before: a header may end in "0" as well
+_MAX_ERROR_BYTES = 64 * 1024
+_CONTENT_LENGTH = re.compile(rb"\r\ncontent-length:[ \t]*([0-9]{1,9})[ \t]*\r\n", re.IGNORECASE)
+# Where servers put more of an answer: the text itself, or the thoughts before it, by either name.
+_TEXT_FIELDS = ("content", "reasoning_content", "reasoning")
 
 
 class ResponseError(Exception):
@@ -82,7 +87,8 @@ class Answer:
 
     Attributes:
         start: when the request was sent.
-        token_times: arrival of each event that carried text; a server may send two tokens in one event.
+        token_times: arrival of each event that carried text; a server may send two tokens in one event. If
+            none did, that of the event that ended the answer: tokens may be half a letter, or not shown.
         num_prompt_tokens, num_output_tokens: from the ``usage`` that the server sent.
     """
 
@@ -187,19 +193,24 @@ class _Reader(asyncio.Protocol):
         self._exchange = exchange
         self._finished = finished
         self._tail = b""
+        self._is_error = False
 
     def data_received(self, data: bytes) -> None:
         reads = self._exchange.reads
         reads.append((time.perf_counter(), data))
-        if len(reads) == 1 and not data.startswith(b"HTTP/1.1 200 "):
-            # An error has no last chunk to wait for, and its beginning says enough.
-            self._finish(ConnectionError(data[:300].decode(errors="replace")))
+        if self._is_error or (len(reads) == 1 and not data.startswith(b"HTTP/1.1 200 ")):
+            self._is_error = True
+            received = b"".join(part for _, part in reads)
+            if _is_whole(received):
+                self._finish(ConnectionError(_told_by(received)))
             return
         self._tail = (self._tail + data)[-len(LAST_CHUNK) :]
         if self._tail == LAST_CHUNK:
             self._finish(None)
 
     def connection_lost(self, error: Exception | None) -> None:
+        if self._is_error and error is None:
+            error = ConnectionError(_told_by(b"".join(part for _, part in self._exchange.reads)))
         self._finish(error or ConnectionError("closed before the last chunk"))
 
     def _finish(self, error: Exception | None) -> None:
@@ -211,30 +222,66 @@ class _Reader(asyncio.Protocol):
             self._finished.set_exception(error)
 
 
+def _is_whole(response: bytes) -> bool:
+    """Whether an error has all come, as far as its head tells; otherwise it ends with the connection."""
+    head, _, body = response.partition(b"\r\n\r\n")
+    length = _CONTENT_LENGTH.search(head + b"\r\n")
+    if length is not None:
+        return len(body) >= int(length[1])
+    return response.endswith(LAST_CHUNK) or len(response) > _MAX_ERROR_BYTES
+
+
+def _told_by(response: bytes) -> str:
+    """An error as one line: its status, and what its body says, if that can be read."""
+    head, _, body = response.partition(b"\r\n\r\n")
+    status = head.partition(b"\r\n")[0].decode(errors="replace")[:100]
+    try:
+        error = json.loads(body[body.index(b"{") : body.rindex(b"}") + 1])
+        error = error.get("error", error)
+        message = str(error["message"] if isinstance(error, dict) else error)
+    except (ValueError, KeyError):
+        message = body.decode(errors="replace")
+    return f"{status}: {' '.join(message.split())[:300]}".removesuffix(": ")
+
+
 def read_answer(exchange: Exchange) -> Answer:
     """Takes a stored exchange apart.
 
     Raises:
-        ResponseError: the request failed, the stream is incomplete, or it carries no usage.
+        ResponseError: the request failed, or what came is incomplete, of another API, or without usage.
     """
     if exchange.failure:
         raise ResponseError(exchange.failure)
+    try:
+        return _answer(exchange)
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ResponseError(f"this is no stream of OpenAI's API: {type(error).__name__}: {error}") from None
+
+
+def _answer(exchange: Exchange) -> Answer:
     times: list[float] = []
     texts: list[str] = []
     usage = None
     finish_reason = ""
+    end = None
     last = ""
     for arrival, last in _events(exchange.reads):
         if last == "[DONE]":
             break
         event = json.loads(last)
+        if event.get("error"):
+            raise ResponseError(f"the stream ended with an error: {last[:300]}")
         usage = event.get("usage") or usage
-        for choice in event.get("choices", ()):
-            text = choice.get("text") or (choice.get("delta") or {}).get("content")
-            finish_reason = choice.get("finish_reason") or finish_reason
+        for choice in event.get("choices") or ():
+            delta = choice.get("delta") or {}
+            text = choice.get("text") or next(filter(None, map(delta.get, _TEXT_FIELDS)), None)
+            if choice.get("finish_reason"):
+                finish_reason, end = choice["finish_reason"], arrival
             if text:
                 texts.append(text)
                 times.append(arrival)
+    if not times and end is not None:
+        times.append(end)
     if last != "[DONE]" or usage is None or not times:
         raise ResponseError(
             f"incomplete stream: usage {usage}, {len(times)} texts, last event {last[:200]!r}"

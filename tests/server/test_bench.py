@@ -8,6 +8,7 @@ import statistics
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -16,9 +17,10 @@ import uvicorn
 
 from server.api_keys import api_key
 from server.app import create_app
+from server.bench import bench_command
 from server.bench.load_report import Times, _ticks, plot, report_of, table
 from server.bench.startup import Start, startup_table
-from server.bench.stream_client import Exchange, Run, Target
+from server.bench.stream_client import Exchange, Run, Target, run_load
 from server.bench.workload import Workload, WorkloadError, poisson_starts, read_prompts
 from server.cli import main
 from server.config import ServerConfig
@@ -182,6 +184,63 @@ def test_faults_are_told(
 ) -> None:
     assert main(["bench", "serve", "--url", url, *extra]) == 1
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("serve", "--concurrency", "1,,2"), "'1,,2': give numbers with commas"),
+        (("serve", "--requests", "many"), "'many' is no whole number"),
+        (("serve", "--timeout", "0"), "no number of seconds above 0"),
+        (("serve", "--temperature", "nan"), "'nan' is no number from 0 on"),
+        (("serve", "--plot", "figures.png"), "'figures.png' does not end in .svg"),
+        (("serve", "--json", "/no/such/folder/figures.json"), "cannot be written"),
+    ],
+)
+def test_wrong_flags_are_told_before_anything_runs(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        main(["bench", *arguments])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("throughput", "--url", "http://127.0.0.1:9", "--", "--max-num-seqs", "3"), "leave out --url or"),
+        (("startup", "--", "--uds=x.sock"), "takes no --uds"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_told(
+    arguments: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["bench", *arguments]) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_url_may_be_that_of_openais_clients(url: str, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--url", f"{url}/v1/", "--api-key", "sk-1", "--requests", "1", "--output-tokens", "4"]
+    assert main(["bench", "latency", *arguments]) == 0
+    assert "TTFT" in capsys.readouterr().out
+
+
+def test_an_interrupted_benchmark_shows_the_loads_that_are_complete(
+    url: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs = 0
+
+    def run(*arguments: Any, **settings: Any) -> Run:
+        nonlocal runs
+        runs += 1
+        if runs == 3:  # of a warm-up and three loads
+            raise KeyboardInterrupt
+        return run_load(*arguments, **settings)
+
+    monkeypatch.setattr(bench_command, "run_load", run)
+    arguments = ["--url", url, "--api-key", "sk-1", "--concurrency", "1,2,4", "--output-tokens", "4"]
+    assert main(["bench", "serve", *arguments]) == 130
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == ["load", "1"]
 
 
 def test_ticks_are_round_and_cover_everything() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from server.bench.load_report import report_of
 from server.bench.stream_client import Exchange, ResponseError, Target, read_answer, run_load
 
 HEAD = b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\nKeep-Alive: timeout=5, max=100\r\n\r\n"
@@ -65,6 +66,46 @@ def test_incomplete_streams_are_refused(missing: str) -> None:
         read_answer(Exchange(0.0, [(0.0, b"".join(parts))]))
 
 
+def _exchange(*events: object) -> Exchange:
+    parts = [HEAD, *(_chunk(_event(event, "\n")) for event in events), b"0\r\n\r\n"]
+    return Exchange(0.0, [(float(number), part) for number, part in enumerate(parts)])
+
+
+USAGE = {"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 2}}
+
+
+@pytest.mark.parametrize("field", ["reasoning_content", "reasoning"])
+def test_thoughts_are_part_of_the_answer(field: str) -> None:
+    thought, text = {"choices": [{"delta": {field: "hm"}}]}, {"choices": [{"delta": {"content": "a"}}]}
+    answer = read_answer(_exchange(thought, text, USAGE, "[DONE]"))
+    assert (answer.token_times, answer.text) == ((1.0, 2.0), "hma")
+
+
+def test_an_answer_whose_tokens_show_no_text_comes_with_its_end() -> None:
+    end = {"choices": [{"text": "", "finish_reason": "length"}]}
+    answer = read_answer(_exchange({"choices": [{"text": ""}]}, end, USAGE, "[DONE]"))
+    assert (answer.token_times, answer.text, answer.num_output_tokens) == ((2.0,), "", 2)
+
+
+@pytest.mark.parametrize(
+    ("events", "message"),
+    [
+        (("{cut",), "no stream of OpenAI"),
+        ((["a list"],), "no stream of OpenAI"),
+        (
+            ({"choices": [{"text": "a"}], "usage": {"tokens": 3}}, "[DONE]"),
+            "no stream of OpenAI.*prompt_tokens",
+        ),
+        (({"choices": None}, {"error": {"message": "out of memory"}}), "out of memory"),
+    ],
+)
+def test_what_is_no_answer_is_one_failed_request_and_not_the_end(
+    events: tuple[object, ...], message: str
+) -> None:
+    with pytest.raises(ResponseError, match=message):
+        read_answer(_exchange(*events))
+
+
 class _Server:
     """Answers each POST with the stream above, slowly, and counts how many it answers at once."""
 
@@ -79,6 +120,16 @@ class _Server:
         self.bodies.append(await reader.readexactly(length))
         if head.startswith(b"POST /fail "):
             writer.write(b"HTTP/1.1 400 Bad Request\r\nContent-Length: 6\r\n\r\nbroken")
+        elif head.startswith((b"POST /refuse ", b"POST /kept ")):
+            error = json.dumps({"error": {"message": "There is\nno room.", "type": "x"}}).encode()
+            fields = f"x-request-id: req_{len(self.bodies)}\r\nfiller: {'x' * 400}\r\n"
+            if head.startswith(b"POST /kept "):  # and the connection stays open
+                fields += f"content-length: {len(error)}\r\n"
+            writer.write(f"HTTP/1.1 429 Too Many Requests\r\n{fields}\r\n".encode() + error[:9])
+            await asyncio.sleep(0.01)
+            writer.write(error[9:])
+            if head.startswith(b"POST /kept "):
+                await reader.read()
         elif head.startswith(b"POST /cut "):
             writer.write(HEAD + _chunk(_events()[0]))
         else:
@@ -122,8 +173,17 @@ def test_closed_loop(server: tuple[_Server, int]) -> None:
     assert run.client_cpu_seconds < run.seconds
 
 
-@pytest.mark.parametrize(("path", "message"), [("/fail", "400 Bad Request"), ("/cut", "closed before")])
-def test_failures_are_told(server: tuple[_Server, int], path: str, message: str) -> None:
-    run = run_load(Target("127.0.0.1", server[1]), path, [{}], concurrency=1, seconds_for_one=10.0)
-    with pytest.raises(ResponseError, match=message):
-        read_answer(run.exchanges[0])
+@pytest.mark.parametrize(
+    ("path", "message"),
+    [
+        ("/fail", "HTTP/1.1 400 Bad Request: broken"),
+        ("/cut", "closed before the last chunk"),
+        ("/refuse", "HTTP/1.1 429 Too Many Requests: There is no room."),
+        ("/kept", "HTTP/1.1 429 Too Many Requests: There is no room."),
+    ],
+)
+def test_failures_are_told_and_alike_ones_counted_together(
+    server: tuple[_Server, int], path: str, message: str
+) -> None:
+    run = run_load(Target("127.0.0.1", server[1]), path, [{}, {}], concurrency=1, seconds_for_one=10.0)
+    assert report_of("2", run).failures == {message: 2}
