@@ -6,6 +6,7 @@ import pickle
 import socket
 import stat
 import threading
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
 import msgspec
@@ -13,7 +14,7 @@ import pytest
 import zmq
 
 from scheduler.engine_core import EngineCore
-from scheduler.hashing_executor import HashingExecutor
+from scheduler.hashing_executor import HashingExecutor, run_alone
 from scheduler.messages import (
     EngineOutput,
     EngineOutputs,
@@ -114,47 +115,49 @@ def test_the_socket_is_in_a_private_directory() -> None:
     assert not directory.exists()
 
 
-async def test_an_engine_core_behind_the_line() -> None:
-    executor = HashingExecutor(num_blocks=64, block_size=4)
-    core = EngineCore(executor)
-    alone = EngineCore(HashingExecutor(num_blocks=64, block_size=4))
-    request = Request("r", (1, 0, 1, 1, 0), SamplingParams(max_tokens=9))
-    alone.add_request(request)
-    expected: list[int] = []
-    while alone.has_work:
-        for output in alone.step().outputs:
-            expected += output.token_ids
+@contextlib.asynccontextmanager
+async def _line_to(
+    core: EngineCore, take_vocabulary: Callable[[Vocabulary], None] = lambda _: None
+) -> AsyncIterator[tuple[ApiEnd, EngineEnd]]:
+    """An API process's end, and that of an engine that runs in a thread; it has ended afterwards."""
     with private_address() as address:
-        api = ApiEnd(address)
+        api, engine = ApiEnd(address), EngineEnd(address)
         api.send(Kind.JOIN)
-        engine = EngineEnd(address)
-        thread = threading.Thread(target=lambda: (engine.run(core), engine.close()))
+        thread = threading.Thread(target=lambda: (engine.run(core, take_vocabulary), engine.close()))
         thread.start()
         try:
-            api.send(Kind.REQUEST, request)
-            tokens: list[int] = []
-            while True:
-                kind, body = await asyncio.wait_for(api.receive(), 10)
-                assert kind is Kind.OUTPUTS
-                for output in body.outputs:
-                    tokens += output.token_ids
-                if any(output.finish_reason is not None for output in body.outputs):
-                    break
-            assert tokens == expected
-            assert len(tokens) == 9
-            api.send(Kind.REQUEST, Request("s", (1,), SamplingParams(max_tokens=100_000)))
-            api.send(Kind.ABORT, "s")
-            while True:
-                kind, body = await asyncio.wait_for(api.receive(), 10)
-                if any(output.finish_reason is not None for output in body.outputs):
-                    break
-            assert body.outputs[-1].finish_reason is FinishReason.ABORT
-            assert body.stats.num_running == 0
+            yield api, engine
         finally:
             api.send(Kind.QUIT)
             await asyncio.to_thread(thread.join, 10)
             api.close()
     assert not thread.is_alive()
+
+
+async def test_an_engine_core_behind_the_line() -> None:
+    executor = HashingExecutor(num_blocks=64, block_size=4)
+    core = EngineCore(executor)
+    request = Request("r", (1, 0, 1, 1, 0), SamplingParams(max_tokens=9))
+    async with _line_to(core) as (api, _):
+        api.send(Kind.REQUEST, request)
+        tokens: list[int] = []
+        while True:
+            kind, body = await asyncio.wait_for(api.receive(), 10)
+            assert kind is Kind.OUTPUTS
+            for output in body.outputs:
+                tokens += output.token_ids
+            if any(output.finish_reason is not None for output in body.outputs):
+                break
+        assert tokens == run_alone(request, executor.spec)[0]
+        assert len(tokens) == 9
+        api.send(Kind.REQUEST, Request("s", (1,), SamplingParams(max_tokens=100_000)))
+        api.send(Kind.ABORT, "s")
+        while True:
+            kind, body = await asyncio.wait_for(api.receive(), 10)
+            if any(output.finish_reason is not None for output in body.outputs):
+                break
+        assert body.outputs[-1].finish_reason is FinishReason.ABORT
+        assert body.stats.num_running == 0
     core.check_invariants()
 
 
@@ -227,52 +230,31 @@ class _Checked(EngineCore):
 async def test_an_engine_checks_itself_when_it_is_idle(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(transport, "_CHECK_AFTER_IDLE_MS", 500)
     core = _Checked(HashingExecutor(num_blocks=64, block_size=4))
-    with private_address() as address:
-        api = ApiEnd(address)
-        api.send(Kind.JOIN)
-        engine = EngineEnd(address)
-        thread = threading.Thread(target=lambda: (engine.run(core), engine.close()))
-        thread.start()
-        try:
-            for index in range(3):  # never idle for long
-                api.send(Kind.REQUEST, Request(f"r{index}", (1,), SamplingParams(max_tokens=5)))
-                await asyncio.sleep(0.05)
-            assert core.num_checks == 0
-            async with asyncio.timeout(10):
-                while not core.num_checks:  # noqa: ASYNC110 - the engine has no event for it
-                    await asyncio.sleep(0.01)
-        finally:
-            api.send(Kind.QUIT)
-            await asyncio.to_thread(thread.join, 10)
-            api.close()
-    assert not thread.is_alive()
+    async with _line_to(core) as (api, _):
+        for index in range(3):  # never idle for long
+            api.send(Kind.REQUEST, Request(f"r{index}", (1,), SamplingParams(max_tokens=5)))
+            await asyncio.sleep(0.05)
+        assert core.num_checks == 0
+        async with asyncio.timeout(10):
+            while not core.num_checks:  # noqa: ASYNC110 - the engine has no event for it
+                await asyncio.sleep(0.01)
 
 
 async def test_an_idle_engine_is_woken_when_a_grammar_is_ready() -> None:
     grammars = PatternGrammars(forces=False, is_slow=True)
     core = EngineCore(HashingExecutor(num_blocks=64, block_size=4, vocab_size=4), grammars)
     told: list[Vocabulary] = []
-    with private_address() as address:
-        api = ApiEnd(address)
-        api.send(Kind.JOIN)
-        engine = EngineEnd(address)
-        thread = threading.Thread(target=lambda: (engine.run(core, told.append), engine.close()))
-        thread.start()
-        try:
-            for _ in range(3):  # also long after it has gone to sleep
-                api.send(Kind.VOCABULARY, Vocabulary("{}", ()))
-                api.send(Kind.REQUEST, Request("r", (1,), SamplingParams(), grammar="01"))
-                with pytest.raises(TimeoutError):
-                    await asyncio.wait_for(api.receive(), 0.1)
-                grammars.finish()
-                engine.wake()
-                tokens: list[int] = []
-                while len(tokens) < 3:
-                    _, body = await asyncio.wait_for(api.receive(), 10)
-                    tokens += [token for output in body.outputs for token in output.token_ids]
-                assert tokens == [0, 1, 3]
-        finally:
-            api.send(Kind.QUIT)
-            await asyncio.to_thread(thread.join, 10)
-            api.close()
+    async with _line_to(core, told.append) as (api, engine):
+        for _ in range(3):  # also long after it has gone to sleep
+            api.send(Kind.VOCABULARY, Vocabulary("{}", ()))
+            api.send(Kind.REQUEST, Request("r", (1,), SamplingParams(), grammar="01"))
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(api.receive(), 0.1)
+            grammars.finish()
+            engine.wake()
+            tokens: list[int] = []
+            while len(tokens) < 3:
+                _, body = await asyncio.wait_for(api.receive(), 10)
+                tokens += [token for output in body.outputs for token in output.token_ids]
+            assert tokens == [0, 1, 3]
     assert told == [Vocabulary("{}", ())] * 3
