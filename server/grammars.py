@@ -9,6 +9,8 @@ from typing import Any
 
 import llguidance
 
+from server.text_before import text_before
+
 # Between the parts of a JSON text: one space, or a line break and an indentation. Without a bound, small
 # models are known to fill the whole answer with it.
 _WHITESPACE = r" |\n[ \t]{0,40}"
@@ -97,27 +99,30 @@ def from_tags(tags: Sequence[Tag], triggers: Sequence[str], special_tokens: froz
     Raises:
         GrammarSourceError: a tag starts with no trigger.
     """
-    rules = []
-    names = []
+    starts: list[tuple[str, str]] = []
     for number, tag in enumerate(tags):
         trigger = max((t for t in triggers if tag.begin.startswith(t)), key=len, default=None)
         if trigger is None:
             raise GrammarSourceError(f"structure {number} begins with none of the triggers")
         rest = tag.begin[len(trigger) :]
-        body = " ".join(
-            part
-            for part in (_lark_text(rest), f"%json {_dumps(_json(tag.schema))}", _lark_text(tag.end))
-            if part
-        )
-        names.append(f"tag_{number}")
+        parts = (_lark_text(rest), f"%json {_dumps(_json(tag.schema))}", _lark_text(tag.end))
+        starts.append((trigger, " ".join(part for part in parts if part)))
+    used = {trigger for trigger, _ in starts}
+    only = text_before(used.pop()) if len(used) == 1 and not used & special_tokens else None
+    lines = [f"start: ({' | '.join(f'tag_{number}' for number in range(len(starts)))})* rest"]
+    if only is not None:
+        lines += [f"rest: /{only.without}/", f"HEAD: /{only.until}/"]
+        lines += [f"tag_{number}: HEAD {body}" for number, (_, body) in enumerate(starts)]
+        return llguidance.LLMatcher.grammar_from_lark("\n".join(lines))
+    lines += ["rest: TEXT", r"TEXT: /(.|\n)*/"]
+    for number, (trigger, body) in enumerate(starts):
         if trigger in special_tokens:
-            rules.append(f"tag_{number}: TEXT {trigger} {body}")
+            lines.append(f"tag_{number}: TEXT {trigger} {body}")
         else:
-            rules += [
+            lines += [
                 f"trigger_{number}[lazy]: TEXT {_lark_text(trigger)}",
                 f"tag_{number}: trigger_{number} {body}",
             ]
-    lines = [f"start: ({' | '.join(names)})* rest", "rest: TEXT", r"TEXT: /(.|\n)*/", *rules]
     return llguidance.LLMatcher.grammar_from_lark("\n".join(lines))
 
 

@@ -16,6 +16,7 @@ from server.parsing.argument_types import referred, types_of
 from server.parsing.call_writing import ArgumentWriting, CallWriting
 from server.parsing.formats import HARMONY, HARMONY_REASONING, ReasoningFormat, ToolFormat
 from server.parsing.output_parser import OutputSyntax
+from server.text_before import text_before
 from server.tool_choice import ToolChoice
 
 # Of an answer that must be calls: small models would never come to an end.
@@ -121,6 +122,10 @@ class _Grammar:
         calls = self.calls(choice, writing)
         if marker in self._tokens:
             self._rules.append(f"section: TEXT {self._text(marker)} {calls}")
+        elif (before := text_before(marker)) is not None:
+            self._rules += [f"TRIGGER: /{before.until}/", f"section: TRIGGER {calls}"]
+            free = f"/{before.without}/"
+            return f"(section TEXT | {free})" if choice.max_calls == 1 else f"section* {free}"
         else:
             self._rules += [f"trigger[lazy]: TEXT {_quoted(marker)}", f"section: trigger {calls}"]
         return f"section{'?' if choice.max_calls == 1 else '*'} TEXT"
@@ -134,6 +139,8 @@ class _Grammar:
         limit = "" if budget is None else f"[max_tokens={budget}]"
         if end in self._tokens:
             self._rules += [f"thought: thoughts {self._text(end)}", f"thoughts{limit}: TEXT"]
+        elif (before := text_before(end)) is not None:
+            self._rules.append(f"thought: /{before.until}/")
         else:
             self._rules.append(f"thought[lazy]: TEXT {json.dumps(end)}")
 

@@ -21,7 +21,7 @@ from engine_runtime.grammars.matchers import GrammarMatchers
 from scheduler.engine_core import EngineCore
 from scheduler.messages import Request, SamplingParams, ScheduledSequence, Vocabulary
 from server.bench.random_prompts import distinct_prompts
-from server.grammars import from_grammar, from_json_schema, from_regex
+from server.grammars import Tag, from_grammar, from_json_schema, from_regex, from_tags
 from server.model_source import fetch_default_model
 from server.tokenizer import Tokenizer, load_tokenizer
 from tests.benchmarks.figures import machine
@@ -71,6 +71,10 @@ CASES: dict[str, tuple[str, str]] = {
     ),
     "call in text (Lark)": (
         from_grammar(f'start: TEXT "<call>" body "</call>"\nTEXT: /[^<]*/\nbody: %json {json.dumps(PERSON)}'),
+        f"I will look that up for you, one moment. <call>{_PERSON_TEXT}</call>",
+    ),
+    "tag in text": (
+        from_tags([Tag("<call>", PERSON, "</call>")], ["<call>"], frozenset()),
         f"I will look that up for you, one moment. <call>{_PERSON_TEXT}</call>",
     ),
 }

@@ -42,7 +42,7 @@ GOOD: list[tuple[dict[str, Any], str]] = [
         {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "strict": True}}},
         '"lenient":false',
     ),
-    ({"response_format": TAG}, "<tool_call>"),
+    ({"response_format": TAG}, '"f(" %json'),
     ({"guided_json": SCHEMA}, '"integer"'),
     ({"guided_json": json.dumps(SCHEMA)}, '"integer"'),
     ({"guided_json": SCHEMA, "guided_whitespace_pattern": "[ ]?"}, "[ ]?"),
@@ -54,7 +54,7 @@ GOOD: list[tuple[dict[str, Any], str]] = [
     ({"structured_outputs": {"choice": ["x"]}}, "x"),
     ({"structured_outputs": {"grammar": 'start: "a"'}}, "start"),
     ({"structured_outputs": {"json_object": True}}, '"type":"object"'),
-    ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, "<tool_call>"),
+    ({"structured_outputs": {"structural_tag": json.dumps(TAG)}}, '"f(" %json'),
     # Bounds that cost nothing, since they are only counted up to.
     ({"guided_json": {"type": "array", "maxItems": 10**9}}, "maxItems"),
     ({"guided_json": {"type": "string", "maxLength": 10**6}}, "maxLength"),
