@@ -8,6 +8,7 @@ removes after it; any number of API processes connect to it, each under a name o
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import logging
 import os
 import shutil
@@ -36,6 +37,7 @@ _CHECK_AFTER_IDLE_MS = 1000
 _CHECK_EVERY_S = 10.0
 _MAX_MESSAGE_BYTES = 256 * 2**20
 _MAX_IGNORED = 1000
+_PREFIX, _LOCK = "inflightd-", "lock"
 # How often to look for an engine that has not bound its socket yet.
 _CONNECT_EVERY_MS = 10
 
@@ -127,10 +129,22 @@ def decode(frames: list[bytes]) -> tuple[Kind, Any]:
 
 @contextlib.contextmanager
 def private_address() -> Iterator[str]:
-    """A ZeroMQ address below a fresh directory of mode 0700, removed afterwards."""
-    directory = tempfile.mkdtemp(prefix="inflightd-")
+    """A ZeroMQ address below a fresh directory of mode 0700, removed afterwards.
+
+    Whoever is killed cannot remove it. So it is locked for as long as its owner lives, and those that nobody
+    locks any more are removed here.
+    """
+    for lock in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*/{_LOCK}"):
+        with contextlib.suppress(OSError), lock.open() as file:  # in use, or another user's
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            shutil.rmtree(lock.parent, ignore_errors=True)
+    directory = Path(tempfile.mkdtemp(prefix=_PREFIX))
     try:
-        yield f"ipc://{Path(directory) / 'engine'}"
+        unnamed = directory / "unlocked"
+        with unnamed.open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            unnamed.rename(directory / _LOCK)  # seen by others only when it is locked
+            yield f"ipc://{directory / 'engine'}"
     finally:
         shutil.rmtree(directory, ignore_errors=True)
 

@@ -258,3 +258,18 @@ async def test_an_idle_engine_is_woken_when_a_grammar_is_ready() -> None:
                 tokens += [token for output in body.outputs for token in output.token_ids]
             assert tokens == [0, 1, 3]
     assert told == [Vocabulary("{}", ())] * 3
+
+
+def test_folders_of_killed_servers_are_removed_and_those_in_use_are_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    killed = tmp_path / "inflightd-killed"
+    killed.mkdir()
+    (killed / "lock").touch()
+    (tmp_path / "inflightd-something-else").mkdir()
+    with private_address() as first, private_address():
+        assert not killed.exists()
+        assert Path(first.removeprefix("ipc://")).parent.is_dir()
+        assert len(list(tmp_path.glob("inflightd-*/lock"))) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["inflightd-something-else"]
