@@ -115,6 +115,12 @@ class _Server:
         self.bodies: list[bytes] = []
 
     async def answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            await self._answer(reader, writer)
+        finally:
+            writer.close()
+
+    async def _answer(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         head = await reader.readuntil(b"\r\n\r\n")
         length = int(head.lower().split(b"content-length:")[1].split(b"\r\n")[0])
         self.bodies.append(await reader.readexactly(length))
@@ -140,7 +146,16 @@ class _Server:
                 await asyncio.sleep(0.002)
             self.running -= 1
             writer.write(_stream()[-1])
-        writer.close()
+
+
+async def _end(listener: asyncio.Server) -> None:
+    """Whoever is still being answered is given up; no connection outlives the loop."""
+    listener.close()
+    answers = asyncio.all_tasks() - {asyncio.current_task()}
+    for answer in answers:
+        answer.cancel()
+    await asyncio.gather(*answers, return_exceptions=True)
+    await asyncio.sleep(0)  # connections are closed in the next round
 
 
 @pytest.fixture
@@ -152,7 +167,7 @@ def server() -> Iterator[tuple[_Server, int]]:
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
     yield state, listener.sockets[0].getsockname()[1]
-    loop.call_soon_threadsafe(listener.close)
+    asyncio.run_coroutine_threadsafe(_end(listener), loop).result(10)
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
