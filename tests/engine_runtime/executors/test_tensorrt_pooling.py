@@ -86,7 +86,7 @@ class TestInterpreted:
         path = write_tiny_checkpoint("llama", tmp_path)
         executor = Limited(interpreted_executor(open_checkpoint(path)), max_num_batched_tokens=8)
         assert executor.max_in_flight == 2
-        prompts = [_RNG.integers(3, 250, length).tolist() for length in (1, 9, 3, 2)]
+        prompts = [_RNG.integers(3, 250, length).tolist() for length in (1, 9, 4, 2)]
         kinds: list[Literal["mean", "last"] | None] = ["mean", "mean", "last", None]
         requests = [
             Request(str(i), tuple(prompt), SamplingParams(temperature=0.0, max_tokens=1, pooling=kind))
