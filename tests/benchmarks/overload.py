@@ -83,7 +83,7 @@ def _pool(offer: Callable[..., dict[str, Any]]) -> Iterator[dict[str, Any]]:
 _SCENARIOS: dict[str, tuple[Callable[..., Iterator[dict[str, Any]]], tuple[str, ...]]] = {
     "overload": (_overload, ()),
     "flood": (_flood, ("--api-key-file", "KEYS")),
-    "pool": (_pool, ("--kv-cache-bytes", "96MiB")),
+    "pool": (_pool, ("--kv-cache-bytes", "96MiB", "--max-model-len", "2048")),
 }
 _COUNTERS = ("generation_tokens_total", "num_preemptions_total", "recomputed_tokens_total")
 
