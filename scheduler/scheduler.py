@@ -180,9 +180,11 @@ class Scheduler:
             return
         share = step.shares[sequence]
         num_tokens = step.num_for_cut(share, sequence.num_tokens - share.start)
+        if num_tokens == share.num_tokens:
+            return
         num_blocks = self._pool.num_blocks_for(share.start + num_tokens) - len(sequence.block_ids)
         block_ids = self._pool.allocate(num_blocks)
-        if num_tokens > share.num_tokens and block_ids is not None:
+        if block_ids is not None:
             sequence.block_ids += block_ids
             sequence.num_computed_tokens = share.start
             self._take(sequence, num_tokens, (*share.new_block_ids, *block_ids), step)
