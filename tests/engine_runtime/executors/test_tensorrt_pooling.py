@@ -1,14 +1,7 @@
-"""Pooling by the GPU executor, in Triton's interpreter; tests/gpu/test_embeddings.py runs it on a GPU.
-
-Triton decides when it is imported whether it interprets, so the kernels run in a process of their own.
-"""
+"""Pooling by the GPU executor, in Triton's interpreter; tests/gpu/test_embeddings.py runs it on a GPU."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any, Literal
 
@@ -23,22 +16,19 @@ from engine_runtime.kernels.gpu_pooling import PIECE_ROWS, GpuPooling, most_piec
 from engine_runtime.weights.checkpoint import open_checkpoint
 from scheduler.messages import Request, SamplingParams
 from tests.engine_runtime.executors.generation import Limited, answer
+from tests.engine_runtime.kernels.interpreter_process import (
+    check_interpreted,
+    in_the_interpreter,
+    starts_the_interpreter,
+)
 from tests.reference.tiny_checkpoints import CONFIGS, write_tiny_checkpoint
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-in_the_interpreter = pytest.mark.skipif(not INTERPRETS, reason="runs in a process of its own, see below")
 _RNG = np.random.default_rng(5)
 
 
-@pytest.mark.skipif(INTERPRETS, reason="is the process that it would start")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@starts_the_interpreter
 def test_kernels_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "TestInterpreted"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    check_interpreted(__file__)
 
 
 @pytest.mark.parametrize("lengths", [[1], [PIECE_ROWS], [PIECE_ROWS + 1] * 3, [1, 4000, 2, 127, 129]])

@@ -1,14 +1,7 @@
-"""Segments as kernels, in Triton's interpreter; tests/gpu/test_segments.py runs more of them on a GPU.
-
-Triton decides when it is imported whether it interprets, so the kernels run in a process of their own.
-"""
+"""Segments as kernels, in Triton's interpreter; tests/gpu/test_segments.py runs more of them on a GPU."""
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from typing import Any
 
 import ml_dtypes
@@ -21,23 +14,20 @@ from engine_runtime.executors.tensorrt.kernel_forms import Quantization, candida
 from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment, UnsupportedSegmentError
 from engine_runtime.models.architectures import ARCHITECTURES
 from engine_runtime.models.segment import SegmentKind
+from tests.engine_runtime.kernels.interpreter_process import (
+    check_interpreted,
+    in_the_interpreter,
+    starts_the_interpreter,
+)
 from tests.engine_runtime.tiny_configs import tiny_config
 from tests.gpu.segment_case import SegmentCase, make_case, quantize_weights, relative_errors
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-in_the_interpreter = pytest.mark.skipif(not INTERPRETS, reason="runs in a process of its own, see below")
 KINDS: tuple[SegmentKind, ...] = ("first", "middle", "last")
 
 
-@pytest.mark.skipif(INTERPRETS, reason="is the process that it would start")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@starts_the_interpreter
 def test_kernels_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "TestInterpreted"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    check_interpreted(__file__)
 
 
 class NamesOnly:

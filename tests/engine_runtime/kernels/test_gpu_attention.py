@@ -1,15 +1,8 @@
-"""The GPU's attention kernels on a CPU; tests/gpu/test_attention.py runs more and larger cases on a GPU.
-
-Triton decides when it is imported whether it interprets, so the kernels run in a process of their own.
-"""
+"""The GPU's attention kernels on a CPU; tests/gpu/test_attention.py runs more and larger cases on a GPU."""
 
 from __future__ import annotations
 
-import importlib.util
 import math
-import os
-import subprocess
-import sys
 from fractions import Fraction
 from typing import Any
 
@@ -26,20 +19,16 @@ from tests.engine_runtime.kernels.attention_cases import (
     make_attention,
     random_case,
 )
+from tests.engine_runtime.kernels.interpreter_process import (
+    check_interpreted,
+    in_the_interpreter,
+    starts_the_interpreter,
+)
 
-INTERPRETS = os.environ.get("TRITON_INTERPRET") == "1"
-in_the_interpreter = pytest.mark.skipif(not INTERPRETS, reason="runs in a process of its own, see below")
 
-
-@pytest.mark.skipif(INTERPRETS, reason="is the process that it would start")
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@starts_the_interpreter
 def test_kernels_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", __file__, "-k", "TestInterpreted"]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
-    assert "skipped" not in done.stdout
+    check_interpreted(__file__)
 
 
 class Untouched:
