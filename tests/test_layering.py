@@ -80,6 +80,23 @@ def test_the_daemon_needs_no_torch_and_keeps_devices_in_their_place(source: Path
         assert not any(below(name, devices) for name in names)
 
 
+def test_kernels_are_compiled_without_what_launches_them() -> None:
+    """The image's compiler has no package of CUDA's."""
+    todo = {"engine_runtime.kernels.compile"}
+    todo |= {
+        f"engine_runtime.kernels.triton.{path.stem}" for path in files_of("engine_runtime/kernels/triton")
+    }
+    seen: set[str] = set()
+    while todo:
+        name = todo.pop()
+        seen.add(name)
+        path = ROOT / (name.replace(".", "/") + ".py")
+        if path.exists():
+            todo |= imports_of(path) - seen
+    assert "engine_runtime.kernels.kernel_spec" in seen
+    assert not any(below(name, {"cuda", "tensorrt", "tensorrt_rtx"}) for name in seen)
+
+
 def test_the_running_processes_load_their_own_half_only() -> None:
     import subprocess
 

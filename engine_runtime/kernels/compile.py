@@ -24,8 +24,13 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
-from engine_runtime.kernels.kernel_library import CUBINS, MANIFEST, MANIFEST_VERSION
-from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec
+from engine_runtime.kernels.kernel_spec import (
+    ARCHITECTURES,
+    CUBINS,
+    MANIFEST,
+    MANIFEST_VERSION,
+    KernelSpec,
+)
 
 PACKAGE = "engine_runtime.kernels.triton"
 

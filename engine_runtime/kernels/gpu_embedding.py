@@ -6,9 +6,7 @@ from typing import Literal
 
 from engine_runtime.cuda import Stream
 from engine_runtime.kernels.kernel_library import KernelLibrary
-
-BLOCK = 1024
-"""Columns of one program."""
+from engine_runtime.kernels.row_layout import BLOCK
 
 
 class GpuEmbedding:

@@ -6,11 +6,8 @@ from typing import Literal
 
 from engine_runtime.cuda import Stream
 from engine_runtime.kernels.kernel_library import KernelLibrary
+from engine_runtime.kernels.row_layout import BLOCK
 
-BLOCK = 1024
-"""Columns of one program."""
-ROWS = 4
-"""Rows that a program reads at a time."""
 PIECE_ROWS = 128
 """Rows of a piece at most: so many are summed by one program, and in float32."""
 

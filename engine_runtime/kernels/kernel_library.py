@@ -12,10 +12,7 @@ from typing import Any
 from cuda.bindings import driver
 
 from engine_runtime.cuda import CudaDevice, Stream, checked
-
-CUBINS = Path(__file__).parent / "cubins"
-MANIFEST = "manifest.json"
-MANIFEST_VERSION = 2
+from engine_runtime.kernels.kernel_spec import CUBINS, MANIFEST, MANIFEST_VERSION
 
 # Python's struct formats; alignment is the size, as in CUDA's parameter buffer.
 _FORMATS = {

@@ -1,11 +1,15 @@
-"""What the ahead-of-time compiler is asked for, and what it answers: needs no Triton."""
+"""What the ahead-of-time compiler is asked for, and what it answers: needs neither Triton nor CUDA."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
+CUBINS = Path(__file__).parent / "cubins"
+MANIFEST = "manifest.json"
+MANIFEST_VERSION = 2
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities, times ten, that kernels are compiled for."""
 

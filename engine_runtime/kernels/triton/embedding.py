@@ -3,8 +3,8 @@
 import triton
 import triton.language as tl
 
-from engine_runtime.kernels.gpu_embedding import BLOCK
 from engine_runtime.kernels.kernel_spec import KernelSpec
+from engine_runtime.kernels.row_layout import BLOCK
 
 
 @triton.jit

@@ -3,8 +3,11 @@
 import triton
 import triton.language as tl
 
-from engine_runtime.kernels.gpu_pooling import BLOCK, ROWS
 from engine_runtime.kernels.kernel_spec import KernelSpec
+from engine_runtime.kernels.row_layout import BLOCK
+
+ROWS = 4
+"""Rows that a program reads at a time."""
 
 
 @triton.jit

@@ -11,8 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed")
 
 from engine_runtime.kernels.compile import CompilationError, compile_kernels, kernel_modules, specs_of
-from engine_runtime.kernels.kernel_library import MANIFEST
-from engine_runtime.kernels.kernel_spec import ARCHITECTURES
+from engine_runtime.kernels.kernel_spec import ARCHITECTURES, MANIFEST
 
 TINY = "tests.engine_runtime.kernels.tiny_kernels"
 BROKEN = "tests.engine_runtime.kernels.broken_kernels"

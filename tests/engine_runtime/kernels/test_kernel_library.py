@@ -12,12 +12,8 @@ from typing import Any
 import pytest
 
 from engine_runtime.kernels import kernel_library
-from engine_runtime.kernels.kernel_library import (
-    MANIFEST,
-    MANIFEST_VERSION,
-    KernelLibrary,
-    KernelsMissingError,
-)
+from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError
+from engine_runtime.kernels.kernel_spec import MANIFEST, MANIFEST_VERSION
 
 ARGUMENTS = [
     {"name": "flag", "type": "i32"},
