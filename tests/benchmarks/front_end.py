@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
 import os
 import random
 import time
@@ -29,27 +28,43 @@ import uvloop
 from server.config import ServerConfig
 from server.model_source import fetch_default_model
 from server.tokenizer import load_tokenizer
+from tests.benchmarks.child_process import child_process
 from tests.benchmarks.front_end_client import Seen, post, read_streams
-from tests.benchmarks.front_end_server import metric, serve_api
+from tests.benchmarks.front_end_server import Usage, metric, serve_api
 from tests.benchmarks.paced_engine import Pace
 
 _TEXT = " The quick brown fox jumps over the lazy dog, and then it does so again."
 _WORDS = ("time", "year", "people", "way", "day", "man", "thing", "woman", "life", "child", "world", "school")
 
 
-async def hold_idle(port: int, count: int) -> list[asyncio.StreamWriter]:
-    """Opens streams that wait for their turn, waits until all of them do, and leaves them open."""
+async def hold_idle(port: int, count: int, streams_end: asyncio.Future[Any]) -> list[asyncio.StreamWriter]:
+    """Opens streams that wait for their turn, waits until all of them do, and leaves them open.
+
+    Raises:
+        TimeoutError: they got their turn, as the streams before them ended first.
+        EOFError: nobody reads the streams any more.
+    """
     request = post(
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": 4},
     )
     writers = []
-    for _ in range(count):
-        _, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(request)
-        writers.append(writer)
-    while await metric(port, "num_requests_waiting") < count:  # noqa: ASYNC110 - it is another process
-        await asyncio.sleep(0.2)
+    try:
+        for _ in range(count):
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(request)
+            writers.append(writer)
+        while await metric(port, "num_requests_waiting") < count:
+            if streams_end.done():
+                streams_end.result()
+                raise TimeoutError(
+                    f"the streams ended before {count} idle ones waited: let them go on for longer"
+                )
+            await asyncio.sleep(0.2)
+    except BaseException:
+        for writer in writers:
+            writer.transport.abort()
+        raise
     return writers
 
 
@@ -84,6 +99,8 @@ class Figures:
     """Of one run.
 
     Attributes:
+        num_tokens: of all streams.
+        num_counted: of these, in the ``seconds`` that were measured.
         user_us, system_us: CPU of the API process a token, microseconds.
         num_wrong: streams that lost a token, or got another.
         lags, gaps: seconds.
@@ -91,6 +108,7 @@ class Figures:
 
     num_streams: int
     num_tokens: int
+    num_counted: int
     num_wrong: int
     seconds: float
     user_us: float
@@ -108,7 +126,7 @@ class FrontEndLoad:
 
     Attributes:
         tokens_per_second: of each stream.
-        seconds: how long the streams go on.
+        seconds: how long the streams go on. It is measured once the idle ones are open, 2 ms each.
         num_idle: streams that wait for their turn meanwhile.
         num_workers: API processes.
         has_long_prompts: whether a chat of 1 MB comes every second. Not together with idle ones.
@@ -123,7 +141,13 @@ class FrontEndLoad:
 
 
 async def measure(load: FrontEndLoad) -> Figures:
-    """One run. Raises ConnectionError if a stream is cut off."""
+    """One run.
+
+    Raises:
+        ConnectionError: an idle stream was cut off.
+        EOFError: a process ended, say as one of its streams was cut off.
+        TimeoutError: the streams ended before the idle ones were open.
+    """
     num_streams, num_idle = load.num_streams, load.num_idle
     tokenizer = load_tokenizer(fetch_default_model())
     token_ids = tuple(tokenizer.encode(_TEXT))
@@ -137,50 +161,43 @@ async def measure(load: FrontEndLoad) -> Figures:
         # Whoever gets how many of them.
         max_queued_requests=load.num_workers * (num_idle + 1000),
         max_queued_tokens=2**24,
+        queue_timeout=0,
         log_level="error",
     )
-    spawn = multiprocessing.get_context("spawn")
-    api, api_end = spawn.Pipe()
-    server = spawn.Process(target=serve_api, args=(api_end, config))
-    server.start()
     loop = asyncio.get_running_loop()
 
-    def ask(pipe: Connection, question: str = "usage") -> asyncio.Future[Any]:
-        pipe.send(question)
-        return loop.run_in_executor(None, pipe.recv)
+    def usage(api: Connection) -> asyncio.Future[Usage]:
+        api.send("usage")
+        return loop.run_in_executor(None, api.recv)
 
-    port = await loop.run_in_executor(None, api.recv)
-    streams, streams_end = spawn.Pipe()
     request = post(
         "/v1/chat/completions",
         {"messages": [{"role": "user", "content": "Hi"}], "stream": True, "max_tokens": num_tokens,
          "ignore_eos": True},
     )  # fmt: skip
-    client = spawn.Process(target=read_streams, args=(streams_end, port, request, num_streams, text))
-    try:
-        client.start()
-        await loop.run_in_executor(None, streams.recv)
-        idle = await hold_idle(port, num_idle)
-        before, began = await ask(api), time.perf_counter()
-        long_prompts: list[float] = []
-        if load.has_long_prompts:
-            long_prompts = await send_long_prompts(port, int(load.seconds) - 2)
-        await loop.run_in_executor(None, streams.recv)
-        seconds, after = time.perf_counter() - began, await ask(api)
-        num_open = sum(not writer.is_closing() for writer in idle)
-        if num_open != num_idle:
-            raise ConnectionError(f"{num_idle - num_open} idle connections were closed")
-        seen: Seen = await loop.run_in_executor(None, streams.recv)
-        for writer in idle:
-            writer.transport.abort()
-    finally:
-        api.send("stop")
-        client.join()
-        server.join()
+    with child_process(serve_api, config) as api:
+        port = await loop.run_in_executor(None, api.recv)
+        with child_process(read_streams, port, request, num_streams, text) as streams:
+            await loop.run_in_executor(None, streams.recv)
+            streams_end = loop.run_in_executor(None, streams.recv)
+            idle = await hold_idle(port, num_idle, streams_end)
+            before, began = await usage(api), time.perf_counter()
+            long_prompts: list[float] = []
+            if load.has_long_prompts:
+                long_prompts = await send_long_prompts(port, int(load.seconds) - 2)
+            await streams_end
+            seconds, after = time.perf_counter() - began, await usage(api)
+            num_open = sum(not writer.is_closing() for writer in idle)
+            if num_open != num_idle:
+                raise ConnectionError(f"{num_idle - num_open} idle connections were closed")
+            seen: Seen = await loop.run_in_executor(None, streams.recv)
+            for writer in idle:
+                writer.transport.abort()
     counted = after.num_tokens - before.num_tokens
     return Figures(
         num_streams=num_streams,
         num_tokens=num_streams * num_tokens,
+        num_counted=counted,
         num_wrong=seen.num_wrong,
         seconds=seconds,
         user_us=(after.user_seconds - before.user_seconds) * 1e6 / counted,
@@ -199,7 +216,7 @@ def report(figures: Figures, num_idle: int) -> str:
         f"streams, idle connections       {figures.num_streams}, {num_idle}",
         f"tokens                          {figures.num_tokens}",
         f"streams that lost any           {figures.num_wrong}",
-        f"tokens/s while measured         {figures.num_tokens / figures.seconds:.0f}",
+        f"tokens/s while measured         {figures.num_counted / figures.seconds:.0f}",
         f"tokens an event                 {figures.tokens_an_event:.2f}",
         f"bytes a token                   {figures.bytes_a_token:.0f}",
         f"CPU of the API process a token  {figures.user_us + figures.system_us:.1f} us",
@@ -218,7 +235,7 @@ def summary(figures: Figures, num_idle: int) -> str:
     """The figures in two sentences."""
     return (
         f"The front end with an engine that computes nothing, {figures.num_streams} streams, "
-        f"{figures.num_tokens / figures.seconds:.0f} tokens/s, {num_idle} idle connections: "
+        f"{figures.num_counted / figures.seconds:.0f} tokens/s, {num_idle} idle connections: "
         f"{figures.user_us + figures.system_us:.1f} us of the API process's CPU a token; {figures.num_wrong} "
         f"streams lost any. Event loop late by p50 / p99 / max {_quantiles(figures.lags)} ms."
     )

@@ -17,6 +17,7 @@ import uvloop
 
 from server.config import ServerConfig
 from server.model_source import fetch_default_model
+from tests.benchmarks.child_process import STOP, asked
 
 _PROBE_EVERY_S = 0.005
 _ENGINE = "tests.benchmarks.paced_engine"
@@ -60,7 +61,7 @@ async def _serve_alone(answers: Connection, config: ServerConfig) -> None:
         loop.call_later(_PROBE_EVERY_S, probe, now + _PROBE_EVERY_S)
 
     def answer() -> None:
-        if answers.recv() == "stop":
+        if asked(answers) == STOP:
             server.end(at_once=True)
             return
         used = resource.getrusage(resource.RUSAGE_SELF)
@@ -94,7 +95,7 @@ async def _serve_by_workers(answers: Connection, config: ServerConfig) -> None:
     running = asyncio.create_task(supervisor.run())
     await ready.wait()
     answers.send(port)
-    while await loop.run_in_executor(None, answers.recv) != "stop":
+    while await loop.run_in_executor(None, asked, answers) != STOP:
         answers.send(_usage_of_workers(int(await metric(port, "generation_tokens_total"))))
     supervisor.end(signal.SIGTERM)
     supervisor.end(signal.SIGTERM)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import multiprocessing
 import socket
 import time
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import uvloop
 
 from server.config import ServerConfig
 from server.open_files import raise_open_files
+from tests.benchmarks.child_process import asked, child_process
 from tests.benchmarks.front_end_client import post
 from tests.benchmarks.front_end_server import Usage, serve_api
 from tests.benchmarks.paced_engine import Pace
@@ -83,7 +83,7 @@ async def _hold(pipe: Connection, port: int, count: int, seconds: float) -> None
         await asyncio.sleep(0.1)
     refused = [each.head for each in waiting if not each.is_held]
     pipe.send(Held(count - len(refused), opened, refused[0] if refused else b""))
-    await loop.run_in_executor(None, pipe.recv)
+    await loop.run_in_executor(None, asked, pipe)
     for each in waiting:
         each.transport.abort()
     await asyncio.sleep(0.1)
@@ -101,30 +101,19 @@ class Figures:
 
 def measure(count: int, seconds: float) -> Figures:
     """Opens ``count`` connections and waits until all have begun, or ``seconds`` longer than that takes."""
-    spawn = multiprocessing.get_context("spawn")
     config = ServerConfig(port=0, max_queued_requests=count + 10, queue_timeout=0, log_level="error")
     # One place, and one answer that takes it for ever.
     Pace((1000,), 2.0, 1, 2**16).to_environment()
-    api, api_end = spawn.Pipe()
-    server = spawn.Process(target=serve_api, args=(api_end, config))
-    server.start()
-    client, client_end = spawn.Pipe()
-    try:
+    with child_process(serve_api, config) as api:
         port = api.recv()
         occupying = _occupy(port)
         before = _usage(api)
-        holder = spawn.Process(target=hold, args=(client_end, port, count, seconds))
-        holder.start()
-        held: Held = client.recv()
-        during = _usage(api)
-        client.send("close")
-        holder.join()
+        with child_process(hold, port, count, seconds) as client:
+            held: Held = client.recv()
+            during = _usage(api)
         time.sleep(2.0)
         after = _usage(api)
         occupying.close()
-    finally:
-        api.send("stop")
-        server.join()
     return Figures(held, before, during, after)
 
 

@@ -198,7 +198,7 @@ def main() -> int:
 
     step_loop = measure_step_loop()
     num_idle = 2000
-    front_end = uvloop.run(measure_front_end(FrontEndLoad(seconds=5.0, num_idle=num_idle)))
+    front_end = uvloop.run(measure_front_end(FrontEndLoad(seconds=20.0, num_idle=num_idle)))
     results = [median_result(of_server) for of_server in rounds.values() if of_server]
     today = datetime.datetime.now(tz=datetime.UTC).date().isoformat()
     report = (
