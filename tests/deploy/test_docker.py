@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+import http.server
+import os
 import re
+import ssl
 import subprocess
 import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 import yaml
 
+from tests.deploy.clean_root import settings_of, stages_of
+
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy/docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+IMAGE = settings_of(stages_of(DOCKERFILE), "gpu")
 
 
 def test_dockerfile_is_clean() -> None:
@@ -53,3 +62,67 @@ def test_images_do_not_run_as_root_and_stop_in_time() -> None:
     assert int(service["stop_grace_period"].removesuffix("s")) > ServerConfig().shutdown_timeout
     assert service["read_only"]
     assert all(port.startswith("127.0.0.1:") for port in service["ports"])
+
+
+def test_everything_that_is_fetched_or_compiled_stays_in_the_volume() -> None:
+    """For the unit of systemd too: nothing else can be written there."""
+    unit = (ROOT / "deploy/systemd/inflightd.service").read_text()
+    of_the_unit = dict(re.findall(r"^Environment=(\w+)=(\S+)$", unit, re.MULTILINE))
+    script = (
+        "from huggingface_hub import constants as hub; from server import model_source;"
+        "from engine_runtime.executors.tensorrt import engine_cache;"
+        "print(hub.HF_HUB_CACHE, hub.HF_XET_CACHE, hub.HF_TOKEN_PATH, engine_cache.default_cache_folder(),"
+        " model_source.cache_directory())"
+    )
+    for settings in (IMAGE.environment, of_the_unit):
+        environment = {"HOME": "/none", "PYTHONPATH": str(ROOT)} | settings
+        command = [sys.executable, "-c", script]
+        done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
+        for folder in done.stdout.split():
+            assert Path(folder).is_relative_to("/var/cache/inflightd"), folder
+    assert IMAGE.volumes == ("/var/cache/inflightd",)
+    assert "CacheDirectory=inflightd\n" in unit
+
+
+@contextmanager
+def alive(status: int, certificate: tuple[str, str] | None = None) -> Iterator[int]:
+    """The port of a server whose liveness is ``status``."""
+
+    class Liveness(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(status if self.path == "/health/live" else 404)
+            self.end_headers()
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Liveness) as server:
+        if certificate is not None:
+            context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+            context.load_cert_chain(*certificate)
+            server.socket = context.wrap_socket(server.socket, server_side=True)
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
+
+
+def health_check(port: int, certfile: str = "") -> int:
+    program, *arguments = IMAGE.healthcheck
+    assert program == "python"
+    settings = {"INFLIGHTD_PORT": str(port)} | ({"INFLIGHTD_SSL_CERTFILE": certfile} if certfile else {})
+    done = subprocess.run(
+        [sys.executable, *arguments], env=os.environ | settings, check=False, capture_output=True
+    )
+    return done.returncode
+
+
+def test_the_health_check_tells_the_living_from_the_dead(certificate: tuple[str, str]) -> None:
+    with alive(200) as port:
+        assert health_check(port) == 0
+    assert health_check(port) != 0
+    with alive(503) as port:
+        assert health_check(port) != 0
+    with alive(200, certificate) as port:
+        assert health_check(port, certificate[0]) == 0
