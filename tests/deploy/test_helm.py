@@ -91,6 +91,13 @@ def test_the_cluster_takes_the_manifests(variant: str) -> None:
             validate.validate(manifest, "1.30", strict=True)
 
 
+def test_alerts_find_what_the_pod_monitor_scrapes() -> None:
+    labels = the("gateway", "Deployment")["spec"]["template"]["metadata"]["labels"]
+    job = labels[the("gateway", "PodMonitor")["spec"]["jobLabel"]]
+    alerts = (CHART.parents[1] / "prometheus/alerts.yml").read_text()
+    assert set(re.findall(r'job="(\w+)"', alerts)) == {job}
+
+
 def test_every_kind_is_rendered_once_at_least() -> None:
     kinds = {manifest["kind"] for variant in VARIANTS for manifest in manifests(variant)}
     assert kinds == {
@@ -110,6 +117,8 @@ def test_the_server_takes_its_arguments_and_listens_where_the_service_looks(vari
     if variant == "gateway":
         assert the(variant, "InferencePool")["spec"]["targetPorts"] == [{"number": settings.port}]
         assert (settings.model, settings.max_num_seqs) == ("Qwen/Qwen3-8B", 256)
+        assert (settings.max_queued_tokens, settings.gpu_memory_utilization) == (2**21, 0.85)
+        assert (settings.strict_fields, settings.served_model_name) == (True, ("chat",))
         assert the(variant, "PodMonitor")["spec"]["podMetricsEndpoints"][0]["port"] == "http"
 
 

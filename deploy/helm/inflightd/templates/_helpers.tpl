@@ -42,3 +42,8 @@ httpGet: {path: /health/ready, port: http}
 {{- end }}
 timeoutSeconds: 5
 {{- end -}}
+
+{{- /* A value as the server reads it. Whole numbers of values.yaml are floats, which Go writes as 1e+06. */ -}}
+{{- define "inflightd.flag" -}}
+{{- if kindIs "bool" . }}{{ ternary "on" "off" . }}{{ else if kindIs "string" . }}{{ . }}{{ else }}{{ toJson . }}{{ end -}}
+{{- end -}}
