@@ -2,13 +2,14 @@
 
     debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv,python-is-python3 \\
         bookworm BASE
-    python -m tests.deploy.clean_root BASE WORK --target gpu [--lend PATH[:AS] ...] [-- COMMAND ...]
+    python -m tests.deploy.clean_root --target gpu [--lend PATH[:AS] ...] BASE WORK [COMMAND ...]
 
 As root. BASE stands for the image that the Dockerfile starts from: the same Debian, and its own Python. Each
 stage that the target needs is a copy of the one it is from, in WORK/STAGE; what has been carried out is not
 done again. COMMAND then runs in the target as in a container of it: its user, its environment and nothing
 else of this one, a root that cannot be written except for /tmp and the volume, and a /proc of its own. What
-is lent is there while steps run, and no part of the image: a pip.conf, an index, certificates.
+is lent is there while steps run, and no part of the image: a pip.conf, an index, certificates. HEALTHCHECK as
+the command is the image's own; it finds a server of another such container: all have the machine's network.
 """
 
 from __future__ import annotations
@@ -49,7 +50,6 @@ class Settings:
     folder: str = "/"
     user: str = "0:0"
     volumes: tuple[str, ...] = ()
-    entrypoint: tuple[str, ...] = ()
     healthcheck: tuple[str, ...] = ()
 
     def after(self, instruction: str, arguments: str) -> Settings:
@@ -65,11 +65,9 @@ class Settings:
                 return replace(self, user=arguments)
             case "VOLUME":
                 return replace(self, volumes=(*self.volumes, arguments))
-            case "ENTRYPOINT":
-                return replace(self, entrypoint=tuple(json.loads(arguments)))
             case "HEALTHCHECK":
                 return replace(self, healthcheck=tuple(json.loads(arguments.partition(" CMD")[2])))
-            case "RUN" | "COPY" | "CMD" | "EXPOSE" | "STOPSIGNAL":
+            case "RUN" | "COPY" | "ENTRYPOINT" | "CMD" | "EXPOSE" | "STOPSIGNAL":
                 return self
         raise ValueError(f"{instruction} is not known here")
 
@@ -256,15 +254,19 @@ def main() -> int:
     parser.add_argument(
         "--lend", action="append", default=[], metavar="PATH[:AS]", help="what steps see of this machine"
     )
-    parser.add_argument("command", nargs="*", help="what then runs in the target; without one, nothing")
+    parser.add_argument(
+        "command",
+        nargs=argparse.REMAINDER,
+        help="what then runs in the target, HEALTHCHECK for its own; without one, nothing",
+    )
     arguments = parser.parse_args()
     arguments.work.mkdir(parents=True, exist_ok=True)
     roots = CleanRoot(arguments.base.resolve(), arguments.work.resolve(), arguments.lend)
     settings = roots.carry_out(arguments.target)
-    if not arguments.command:
-        return 0
-    print(f"entry point {settings.entrypoint}, health check {settings.healthcheck}", file=sys.stderr)
-    return roots.run(arguments.target, arguments.command)
+    command = arguments.command
+    if command == ["HEALTHCHECK"]:
+        command = settings.healthcheck
+    return roots.run(arguments.target, command) if command else 0
 
 
 if __name__ == "__main__":

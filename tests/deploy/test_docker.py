@@ -1,4 +1,4 @@
-"""The images: no Docker runs here, so their recipe is linted and compared with the project."""
+"""The images and the unit: neither Docker nor systemd runs here, so they are compared with the project."""
 
 from __future__ import annotations
 
@@ -21,6 +21,7 @@ from tests.deploy.clean_root import settings_of, stages_of
 ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "deploy/docker"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+UNIT = (ROOT / "deploy/systemd/inflightd.service").read_text()
 IMAGE = settings_of(stages_of(DOCKERFILE), "gpu")
 
 
@@ -66,8 +67,7 @@ def test_images_do_not_run_as_root_and_stop_in_time() -> None:
 
 def test_everything_that_is_fetched_or_compiled_stays_in_the_volume() -> None:
     """For the unit of systemd too: nothing else can be written there."""
-    unit = (ROOT / "deploy/systemd/inflightd.service").read_text()
-    of_the_unit = dict(re.findall(r"^Environment=(\w+)=(\S+)$", unit, re.MULTILINE))
+    of_the_unit = dict(re.findall(r"^Environment=(\w+)=(\S+)$", UNIT, re.MULTILINE))
     script = (
         "from huggingface_hub import constants as hub; from server import model_source;"
         "from engine_runtime.executors.tensorrt import engine_cache;"
@@ -81,7 +81,15 @@ def test_everything_that_is_fetched_or_compiled_stays_in_the_volume() -> None:
         for folder in done.stdout.split():
             assert Path(folder).is_relative_to("/var/cache/inflightd"), folder
     assert IMAGE.volumes == ("/var/cache/inflightd",)
-    assert "CacheDirectory=inflightd\n" in unit
+    assert "CacheDirectory=inflightd\n" in UNIT
+
+
+@pytest.mark.parametrize("arguments", [["--port=x"], ["--ssl-keyfile=k.pem"]], ids=" ".join)
+def test_systemd_does_not_try_wrong_settings_again(arguments: list[str]) -> None:
+    from server.cli import main
+
+    (status,) = re.findall(r"^RestartPreventExitStatus=(\d+)$", UNIT, re.MULTILINE)
+    assert main(["serve", *arguments]) == int(status)
 
 
 @contextmanager
