@@ -18,7 +18,8 @@ chat: $(VENV)/.installed ## talk to the running server in the terminal
 	@$(BIN)/inflightd chat $(ARGS)
 
 test: $(VENV)/.installed-dev ## run the tests (ARGS="tests/scheduler -k prefix")
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
+	@# Tests start dozens of Python processes, each of which would compile everything anew without bytecode.
+	PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest --numprocesses 2 --dist loadfile $(ARGS)
 
 check: $(VENV)/.installed-dev ## lint, formatting, strict types
 	$(BIN)/ruff check .

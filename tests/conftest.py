@@ -17,17 +17,29 @@ from server.model_source import fetch_default_model
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 
 
+# Folders whose tests share what takes long to start: a running server, loaded models.
+_TOGETHER = ("tests/end_to_end/", "tests/engine_runtime/executors/")
+
+
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
-    """Of the processes that run tests, one gets all of a file, and one all that share the running server."""
+    """Of the processes that run tests, one gets all of a file, and one all that share something."""
     from xdist.scheduler import LoadFileScheduling
 
     class Together(LoadFileScheduling):
         def _split_scope(self, nodeid: str) -> str:
             file: str = super()._split_scope(nodeid)
-            return "end_to_end" if file.startswith("tests/end_to_end/") else file
+            return next((folder for folder in _TOGETHER if file.startswith(folder)), file)
 
+    # In the order of collection instead of the files with most tests first, which are not the longest.
+    config.option.loadscopereorder = False
     return Together(config, log)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest first, so that no process works on one of them alone at the end."""
+    items.sort(key=lambda item: not item.nodeid.startswith(_TOGETHER))
 
 
 @pytest.fixture

@@ -61,8 +61,10 @@ class DenseDecoder:
 class _Session:
     def __init__(self, config: ModelConfig, kind: SegmentKind) -> None:
         self.segment = build_segment(config, kind)
+        options = onnxruntime.SessionOptions()
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")  # while numpy attends
         self.session = onnxruntime.InferenceSession(
-            self.segment.model.SerializeToString(), providers=["CPUExecutionProvider"]
+            self.segment.model.SerializeToString(), options, providers=["CPUExecutionProvider"]
         )
 
 

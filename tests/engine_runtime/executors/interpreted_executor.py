@@ -14,8 +14,6 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
-import triton.language as tl
-from triton.runtime import interpreter
 
 from engine_runtime.executors.tensorrt import batch, decoder, executor
 from engine_runtime.executors.tensorrt.batch import DeviceBatch, StepInputs
@@ -32,7 +30,6 @@ from engine_runtime.kernels.gpu_sampling import GpuSampler
 from engine_runtime.weights.checkpoint import Checkpoint
 from scheduler.messages import ExecutorSpec
 from tests.engine_runtime.executors.test_trt_weights import ArrayTarget
-from tests.engine_runtime.kernels import interpreted_kernels
 from tests.engine_runtime.kernels.interpreted_kernels import InterpretedLibrary
 from tests.engine_runtime.kernels.interpreted_sampler import HostBuffer, HostEvent
 
@@ -110,14 +107,8 @@ class _Weights(ArrayTarget):
         pass
 
 
-class _Library(InterpretedLibrary):
-    @property
-    def names(self) -> list[str]:
-        return list(self._specs)
-
-
 def use_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For all that the executor consists of; and lets the interpreter multiply bfloat16, not its bits."""
+    """For all that the executor consists of."""
     for module in (batch, decoder, executor, gpu_sampling):
         for name, replacement in (
             ("DeviceBuffer", _Buffer),
@@ -127,18 +118,6 @@ def use_host_memory(monkeypatch: pytest.MonkeyPatch) -> None:
         ):
             if hasattr(module, name):
                 monkeypatch.setattr(module, name, replacement)
-    monkeypatch.setattr(
-        interpreted_kernels, "_TYPES", interpreted_kernels._TYPES | {"fp64": tl.float64, "i64": tl.int64}
-    )
-    builder = interpreter.InterpreterBuilder
-    multiply = builder.create_dot
-
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-        if a.dtype.scalar == tl.bfloat16:
-            a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
-        return multiply(self, a, b, *rest)
-
-    monkeypatch.setattr(builder, "create_dot", create_dot)
 
 
 def interpreted_executor(checkpoint: Checkpoint) -> TensorRTExecutor:
@@ -147,7 +126,7 @@ def interpreted_executor(checkpoint: Checkpoint) -> TensorRTExecutor:
     specs = [
         spec for name in kernel_modules() for spec in getattr(importlib.import_module(name), "SPECS", ())
     ]
-    library: Any = _Library(specs, 80)
+    library: Any = InterpretedLibrary(specs)
     stream: Any = _Stream()
     attention = PagedAttention(
         library,

@@ -1,11 +1,12 @@
-"""The default model in float32 against transformers and torch: 40 prompts of 1 to 1,500 tokens, greedy, 64
+"""The default model in float32 against transformers and torch: 40 prompts of 1 to 1,500 tokens, greedy, 24
 tokens.
 
 The model has steps whose two best logits are closer than float32 can tell. There either token is right, and
 since the text goes on differently after the other one, the rest of that prompt is not compared;
 ``Recording.check_tokens`` knows.
 
-All prompts run sixteen at a time; the other modes take a part of them, or all with INFLIGHTD_ALL_PROMPTS=1.
+Each prompt runs in one of the modes at least. With INFLIGHTD_ALL_PROMPTS=1, all modes take all of them and
+generate the 64 tokens that were recorded.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ from scheduler.messages import EngineStats
 from tests.engine_runtime.executors.generation import Generated, Limited, generate
 from tests.reference.recordings import Recording, load_recordings
 
-_NUM_TOKENS = 64
 _ALL_PROMPTS = os.environ.get("INFLIGHTD_ALL_PROMPTS") == "1"
+_NUM_TOKENS = 64 if _ALL_PROMPTS else 24  # behind each prompt, at least one block of 16 begins
 
 
 def _parts(recordings: list[Recording], *parts: slice) -> list[list[Recording]]:
@@ -32,19 +33,21 @@ def _parts(recordings: list[Recording], *parts: slice) -> list[list[Recording]]:
 def recordings() -> list[Recording]:
     found = load_recordings("smollm2")
     assert len(found) == 40
-    assert all(len(recording.token_ids) == _NUM_TOKENS for recording in found)
+    assert all(len(recording.token_ids) == 64 for recording in found)
     return found
 
 
-def _run(executor: Executor, recordings: list[Recording]) -> tuple[list[Generated], EngineStats]:
+def _run(
+    executor: Executor, recordings: list[Recording], num_tokens: int = _NUM_TOKENS
+) -> tuple[list[Generated], EngineStats]:
     """Generates for all recorded prompts and compares; nearly every token must have been comparable."""
     prompts = [recording.prompt_token_ids for recording in recordings]
-    results, stats = generate(executor, prompts, _NUM_TOKENS)
+    results, stats = generate(executor, prompts, num_tokens)
     compared = 0
     for recording, result in zip(recordings, results, strict=True):
-        assert len(result.token_ids) == _NUM_TOKENS
+        assert len(result.token_ids) == num_tokens
         compared += recording.check_tokens(result.token_ids)
-    assert compared >= 0.9 * _NUM_TOKENS * len(recordings)
+    assert compared >= 0.9 * num_tokens * len(recordings)
     return results, stats
 
 
@@ -56,22 +59,23 @@ def test_alone(smollm2_float32: Executor, recordings: list[Recording]) -> None:
 
 
 def test_sixteen_at_a_time(smollm2_float32: Executor, recordings: list[Recording]) -> None:
-    _, stats = _run(Limited(smollm2_float32, max_num_seqs=16), recordings)
-    assert stats.preemptions_total == 0
+    for part in _parts(recordings, slice(0, None, 2), slice(1, None, 2)):
+        _, stats = _run(Limited(smollm2_float32, max_num_seqs=16), part)
+        assert stats.preemptions_total == 0
 
 
 def test_chunked_at_32_tokens(smollm2_float32: Executor, recordings: list[Recording]) -> None:
-    for part in _parts(recordings, slice(1, None, 2), slice(0, None, 2)):  # up to 1,500 tokens
+    for part in _parts(recordings, *(slice(i, None, 4) for i in (3, 0, 1, 2))):  # up to 1,500 tokens
         limited = Limited(smollm2_float32, max_num_seqs=8, max_num_batched_tokens=32)
         _run(limited, part)
         assert max(step.num_tokens for step in limited.steps) == 32
         chunks = [s for step in limited.steps for s in step.scheduled if not s.samples]
-        assert len(chunks) > 100
+        assert len(chunks) > 50
 
 
 def test_prefix_hits(smollm2_float32: Executor, recordings: list[Recording]) -> None:
     # The second group starts as the first ends, and finds all full blocks of its prompts but the last.
-    for part in _parts(recordings, *(slice(i, None, 4) for i in (3, 0, 1, 2))):
+    for part in _parts(recordings, *(slice(i, None, 4) for i in (1, 0, 2, 3))):
         some = [recording for recording in part if len(recording.prompt_token_ids) > 16]
         limited = Limited(smollm2_float32, max_num_seqs=len(some))
         results, stats = _run(limited, some + some)
@@ -84,13 +88,13 @@ def test_prefix_hits(smollm2_float32: Executor, recordings: list[Recording]) -> 
 def test_forced_preemptions(smollm2_float32: Executor, recordings: list[Recording]) -> None:
     # All prompts of a group are admitted together into a pool that cannot hold their answers too.
     groups = [recordings[:12], recordings[12:24], *(recordings[i : i + 2] for i in range(24, 40, 2))]
-    for group in groups if _ALL_PROMPTS else groups[:2]:
-        longest = max(len(recording.prompt_token_ids) for recording in group) + _NUM_TOKENS
+    for group in groups if _ALL_PROMPTS else groups[1:2]:
+        longest = max(len(recording.prompt_token_ids) for recording in group) + 64
         prompt_blocks = sum(-(-len(recording.prompt_token_ids) // 16) for recording in group)
         limited = Limited(
             smollm2_float32,
             num_blocks=max(prompt_blocks + len(group) - 1, -(-longest // 16)),
             max_model_len=longest,
         )
-        _, stats = _run(limited, group)
+        _, stats = _run(limited, group, 64)  # long enough to need more blocks
         assert stats.preemptions_total >= max(len(group) // 3, 1)

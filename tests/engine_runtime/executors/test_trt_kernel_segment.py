@@ -79,33 +79,12 @@ class TestInterpreted:
 
     sizes = {"hidden_size": 128, "intermediate_size": 192, "vocab_size": 208, "final_logit_softcap": None}  # noqa: RUF012
 
-    @pytest.fixture(autouse=True)
-    def dot_of_bfloat16(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """The interpreter multiplies the bits of bfloat16 as integers; here it converts them first."""
-        import triton.language as tl
-        from triton.runtime import interpreter
-
-        builder = interpreter.InterpreterBuilder
-        multiply = builder.create_dot
-
-        def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
-            if a.dtype.scalar == tl.bfloat16:
-                a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
-            return multiply(self, a, b, *rest)
-
-        monkeypatch.setattr(builder, "create_dot", create_dot)
-
     @staticmethod
     def library() -> Any:
         from engine_runtime.kernels.triton import segment_gemm_specs, segment_rows
         from tests.engine_runtime.kernels.interpreted_kernels import InterpretedLibrary
 
-        class Library(InterpretedLibrary):
-            @property
-            def names(self) -> list[str]:
-                return list(self._specs)
-
-        return Library([*segment_gemm_specs.SPECS, *segment_rows.SPECS], 89)
+        return InterpretedLibrary([*segment_gemm_specs.SPECS, *segment_rows.SPECS], 89)
 
     @staticmethod
     def errors(case: SegmentCase, segment: KernelSegment) -> dict[str, float]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,12 +22,15 @@ _TYPES = {
     "bf16": tl.bfloat16,
     "fp16": tl.float16,
     "fp32": tl.float32,
+    "fp64": tl.float64,
+    "i64": tl.int64,
     "i32": tl.int32,
     "i16": tl.int16,
     "fp8e4nv": tl.float8e4nv,
 }
 
 _patch_tensor = interpreter._patch_lang_tensor
+_multiply = interpreter.InterpreterBuilder.create_dot
 
 
 def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
@@ -35,7 +39,18 @@ def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
     scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
 
 
+def _create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    """The interpreter multiplies the bits of bfloat16 as integers; here it converts them first."""
+    if a.dtype.scalar == tl.bfloat16:
+        a, b = (self.cast_impl(x, tl.float32) for x in (a, b))
+    return _multiply(self, a, b, *rest)
+
+
+interpreter.InterpreterBuilder.create_dot = _create_dot
 interpreter._patch_lang_tensor = _patch_tensor_and_index
+# Once and for all: each launch, and each call in a kernel, would look through the whole language again.
+interpreter._patch_lang(SimpleNamespace(__globals__={"tl": tl, "core": tl.core}))
+interpreter._patch_lang = lambda function: interpreter._LangPatchScope()
 
 
 class InterpretedKernel:
@@ -66,6 +81,10 @@ class InterpretedLibrary:
 
     def __init__(self, specs: Sequence[KernelSpec], architecture: int = 80) -> None:
         self._specs = {spec.name: spec for spec in specs if architecture in spec.architectures}
+
+    @property
+    def names(self) -> list[str]:
+        return list(self._specs)
 
     def __contains__(self, name: str) -> bool:
         return name in self._specs

@@ -7,50 +7,19 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
-import triton.language as tl
-import triton.runtime.interpreter as interpreter
 
 from engine_runtime.kernels import gpu_sampling
 from engine_runtime.kernels.gpu_sampling import GpuSampler
 from engine_runtime.kernels.triton import embedding, sampling, sampling_report, sampling_wide
-from engine_runtime.kernels.triton.sampling_row import PATHS
 from scheduler.messages import SampledToken, TokenLogprobs
+from tests.engine_runtime.kernels.interpreted_kernels import InterpretedLibrary
 
-_POINTEES = {
-    "numbers": tl.float64,
-    "addresses": tl.int64,
-    **dict.fromkeys(
-        (
-            "words", "subtiles", "few_ids", "tokens", "is_valid", "is_valid_out", "is_wide", "sampled_tokens",
-            "ranks", "top_ids", "token_ids",
-        ),
-        tl.int32,
-    ),
-    **dict.fromkeys(
-        (
-            "logits", "maxima", "sums", "raw_maxima", "raw_sums", "few_weights", "chosen_logits",
-            "largest_logits", "totals", "top_logits",
-        ),
-        tl.float32,
-    ),
-    **dict.fromkeys(("table", "hidden"), tl.float16),
-}  # fmt: skip
-
-_patch_tensor = interpreter._patch_lang_tensor
-
-
-def _patch_tensor_and_index(tensor: Any, scope: Any) -> None:
-    """numpy 2.4 converts arrays of rank 0 only to integers; the interpreter's scalars have rank 1."""
-    _patch_tensor(tensor, scope)
-    scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.item()))
-
-
-interpreter._patch_lang_tensor = _patch_tensor_and_index
+SPECS = [*embedding.SPECS, *sampling.SPECS, *sampling_report.SPECS, *sampling_wide.SPECS]
 
 
 class HostBuffer:
@@ -88,47 +57,12 @@ class HostStream:
         ctypes.memmove(destination, source, num_bytes)
 
 
-class _InterpretedKernel:
-    def __init__(self, function: Any, **constants: int) -> None:
-        self._function = function
-        self._constants = constants
-
-    def launch(self, grid: tuple[int, ...], stream: int, *args: int | float) -> None:
-        names = [name for name in self._function.arg_names if name not in self._constants]
-        converted = [self._convert(name, arg) for name, arg in zip(names, args, strict=True)]
-        with np.errstate(all="ignore"):  # what is not finite is part of the tests
-            self._function[grid](*converted, **self._constants)
-
-    @staticmethod
-    def _convert(name: str, arg: int | float) -> Any:
-        if name not in _POINTEES:
-            return arg
-        pointer = tl.pointer_type(_POINTEES[name])
-        return tl.tensor(interpreter.TensorHandle(np.array([arg], np.uint64), pointer), pointer)
-
-
-class InterpretedKernels:
-    """The compiled kernels' place, by their names."""
-
-    def get(self, name: str) -> _InterpretedKernel:
-        if name.startswith("embed"):
-            return _InterpretedKernel(embedding.embed, BLOCK=64)
-        _, kind, *rest = name.split("_")
-        if kind == "report":
-            return _InterpretedKernel(sampling_report.report)
-        constants = PATHS[rest[0]]
-        if kind == "scan":
-            return _InterpretedKernel(sampling.scan, **constants)
-        if kind == "draw":
-            return _InterpretedKernel(sampling.draw, **constants)
-        return _InterpretedKernel(sampling_wide.draw_wide, ADJUSTS=constants["ADJUSTS"])
-
-
 class InterpretedSampler(GpuSampler):
     """A GpuSampler and the copies around it."""
 
     def __init__(self, vocab_size: int, max_rows: int = 16, max_slots: int = 16) -> None:
-        super().__init__(cast(Any, InterpretedKernels()), vocab_size, max_rows, max_slots)
+        library: Any = InterpretedLibrary(SPECS)
+        super().__init__(library, vocab_size, max_rows, max_slots)
         self.stream: Any = HostStream()
 
     def step(

@@ -6,13 +6,11 @@ import numpy as np
 import pytest
 
 from engine_runtime.kernels.sampling_reference import sample_row
+from engine_runtime.kernels.triton import embedding
 from engine_runtime.sampling import Sampler
 from scheduler.messages import SampledToken, SamplingParams
-from tests.engine_runtime.kernels.interpreted_sampler import (
-    InterpretedKernels,
-    InterpretedSampler,
-    use_host_memory,
-)
+from tests.engine_runtime.kernels.interpreted_kernels import InterpretedLibrary
+from tests.engine_runtime.kernels.interpreted_sampler import InterpretedSampler, use_host_memory
 from tests.engine_runtime.kernels.sampling_cases import (
     assert_same_logprobs,
     cpu_sample,
@@ -139,12 +137,13 @@ def test_given_tokens() -> None:
 
 def test_embedding() -> None:
     rng = np.random.default_rng(6)
-    table = rng.standard_normal((50, 96)).astype(np.float16)
+    size = embedding.BLOCK + 32
+    table = rng.standard_normal((50, size)).astype(np.float16)
     token_ids = np.array([3, -1, 49, -4, 0], np.int32)
     sampled = np.array([11, 0, 0, 42], np.int32)
-    hidden = np.full((5, 96), np.nan, np.float16)
+    hidden = np.full((5, size), np.nan, np.float16)
     arguments = [array.ctypes.data for array in (token_ids, sampled, table, hidden)]
-    kernel = InterpretedKernels().get("embed_fp16")
-    kernel.launch((5, 2, 1), 0, *arguments, 1.5, 50, 96)
+    kernel = InterpretedLibrary(embedding.SPECS).get("embed_fp16")
+    kernel.launch((5, 2, 1), None, *arguments, 1.5, 50, size)
     expected = (table[[3, 11, 49, 42, 0]].astype(np.float32) * 1.5).astype(np.float16)
     assert hidden.tobytes() == expected.tobytes()

@@ -9,6 +9,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -22,10 +23,10 @@ starts_the_interpreter = pytest.mark.skipif(
 )
 
 
-def check_interpreted(file: str) -> None:
-    """Runs the classes TestInterpreted... of a file, none of which may be skipped."""
+def check_interpreted(file: str | Path) -> None:
+    """Runs what ``interpreted`` is part of the name of, class or file; none of it may be skipped."""
     environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-x", file, "-k", "TestInterpreted"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", str(file), "-k", "interpreted"]
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     assert " passed" in done.stdout

@@ -6,10 +6,6 @@ their own.
 
 from __future__ import annotations
 
-import importlib.util
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +25,7 @@ from engine_runtime.kernels.sampling_rows import (
     uniforms,
 )
 from scheduler.messages import SamplingParams
+from tests.engine_runtime.kernels.interpreter_process import check_interpreted, starts_the_interpreter
 from tests.engine_runtime.kernels.sampling_cases import (
     assert_same_logprobs,
     cpu_sample,
@@ -39,13 +36,9 @@ from tests.engine_runtime.kernels.sampling_cases import (
 CHECKS = Path(__file__).with_name("interpreted_sampler_checks.py")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="Triton is not installed")
+@starts_the_interpreter
 def test_kernels_in_the_interpreter() -> None:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", str(CHECKS)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert " passed" in done.stdout
+    check_interpreted(CHECKS)
 
 
 class TestReference:
