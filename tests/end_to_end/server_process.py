@@ -92,6 +92,13 @@ class ServerProcess:
         self.process.stderr.close()
 
     @property
+    def is_exact(self) -> bool:
+        """Whether a text is the same whatever is computed beside it: so on a CPU. A GPU in bfloat16 sums in
+        another order for another number of tokens, and the choice between two tokens that are nearly as
+        likely may turn."""
+        return any(re.match(r"Serving \S+ on cpu ", line) for line in self.lines)
+
+    @property
     def engine_pid(self) -> int:
         children = Path(f"/proc/{self.process.pid}/task/{self.process.pid}/children").read_text().split()
         for child in map(int, children):

@@ -52,6 +52,8 @@ def test_the_best_texts_are_found(client: httpx.Client, server: ServerProcess) -
     answer = client.post("/v1/completions", json=body).json()
     for choice, (text, logprob) in zip(answer["choices"], beams[:2], strict=True):
         assert choice["token_ids"] == text
-        assert sum(choice["logprobs"]["token_logprobs"]) == pytest.approx(logprob, abs=1e-3)
+        assert sum(choice["logprobs"]["token_logprobs"]) == pytest.approx(
+            logprob, abs=1e-3 if server.is_exact else 0.05
+        )
     assert answer["usage"]["completion_tokens"] == WIDTH * MAX_TOKENS
     server.wait_until("num_requests_running", 0)

@@ -114,7 +114,11 @@ async def test_faults_end_the_sequences_at_fault_only(hardened: _Hardened, serve
             assert data[-1]["error"]["type"] == "server_error"
             assert "told to fail" not in json.dumps(data[-1])
         alone = [(await quiet.post("/v1/completions", json=_completion(p))).json() for p in _PROMPTS]
-        assert [_text(data) for data in ended[2:]] == [answer["choices"][0]["text"] for answer in alone]
+        texts, expected = (
+            [_text(data) for data in ended[2:]],
+            [answer["choices"][0]["text"] for answer in alone],
+        )
+        assert texts == expected if server.is_exact else all(texts)
         assert (await client.get("/health/ready")).status_code == 200
         assert (
             await _series(client, "num_requests_running", "kv_cache_usage_perc", "engine_restarts_total")

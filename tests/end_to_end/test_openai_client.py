@@ -61,7 +61,7 @@ def test_a_stream_equals_the_whole(client: OpenAI) -> None:
     assert len({chunk.id for chunk in chunks}) == 1
 
 
-def test_a_repeated_prompt_hits_the_prefix_cache(client: OpenAI) -> None:
+def test_a_repeated_prompt_hits_the_prefix_cache(client: OpenAI, server: ServerProcess) -> None:
     messages = [{"role": "user", "content": "Tell me about the river Danube. " * 20}]
     first, second = (
         client.chat.completions.create(model=MODEL, messages=messages, temperature=0, max_tokens=8)
@@ -72,7 +72,8 @@ def test_a_repeated_prompt_hits_the_prefix_cache(client: OpenAI) -> None:
     assert second.usage.prompt_tokens_details is not None
     cached = second.usage.prompt_tokens_details.cached_tokens
     assert cached is not None
-    assert second.usage.prompt_tokens - 16 <= cached < second.usage.prompt_tokens
+    block_size = 16 if server.is_exact else 64  # on a GPU
+    assert second.usage.prompt_tokens - block_size <= cached < second.usage.prompt_tokens
 
 
 def test_seeds(client: OpenAI) -> None:

@@ -88,11 +88,12 @@ def test_an_idle_server_sleeps(server: ServerProcess) -> None:
         "import time; begun = time.process_time()\nfor _ in range(40): time.sleep(0.1)\n"
         "print(time.process_time() - begun)"
     )
+    most_wakings = 40 if server.is_exact else 60  # CUDA's driver has threads of its own
     for _ in range(3):  # what it does once, when it has time, is no idleness
         before = _activity(pids)
         waking = float(subprocess.check_output([sys.executable, "-c", script]))
         seconds, wakings = (after - b for after, b in zip(_activity(pids), before, strict=True))
-        if wakings <= 40 and seconds < max(0.04, 10 * waking):
+        if wakings <= most_wakings and seconds < max(0.04, 10 * waking):
             return
     pytest.fail(f"{wakings} wakings and {seconds:.2f} s in 4 s; a small process takes {waking:.3f} s for 40")
 
@@ -111,7 +112,14 @@ def test_streams_go_on_when_the_engine_dies(smollm2_path: Path) -> None:
             data = [line.removeprefix("data: ") for line in [*some, *lines] if line.startswith("data: ")]
         assert data[-1] == "[DONE]"
         choices = [json.loads(line)["choices"][0] for line in data[:-1]]
-        assert "".join(choice["text"] for choice in choices) == undisturbed["choices"][0]["text"]
+        text, whole = "".join(choice["text"] for choice in choices), undisturbed["choices"][0]["text"]
+        if server.is_exact:
+            assert text == whole
+        else:
+            before = "".join(choice["text"] for choice in choices[:20])
+            assert before
+            assert whole.startswith(before)
+            assert len(text) > len(before) + 500
         assert choices[-1]["finish_reason"] == "length"
         assert httpx.get(f"{server.url}/health/live").status_code == 200
         # To start again takes as long as to start, 3 s on an idle machine, however busy this one is.
@@ -131,7 +139,7 @@ def test_streams_go_on_when_the_engine_dies(smollm2_path: Path) -> None:
 def test_a_server_that_is_told_to_end_says_so_goes_on_for_a_while_and_ends_streams_with_an_error(
     smollm2_path: Path,
 ) -> None:
-    flags = ("--max-model-len", "2048", "--pre-stop-seconds", "2", "--shutdown-timeout", "1")
+    flags = ("--max-model-len", "2048", "--pre-stop-seconds", "1", "--shutdown-timeout", "1")
     with (
         ServerProcess(*flags) as server,
         httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}) as response,

@@ -14,7 +14,7 @@ _SECONDS = float(os.environ.get("INFLIGHTD_SOAK_SECONDS", "2"))
 
 
 def test_streams_are_what_they_are_in_quiet_whatever_others_do(server: ServerProcess) -> None:
-    cases = [answered(case, server.url) for case in make_cases(5, (4, 24), "test")]
+    cases = [answered(case, server.url, is_exact=server.is_exact) for case in make_cases(5, (4, 24), "test")]
     soak = Soak(
         server.url,
         cases,

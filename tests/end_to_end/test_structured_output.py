@@ -68,7 +68,7 @@ def test_a_strict_schema_streams(client: OpenAI) -> None:
     assert isinstance(answer.choices[0].message.parsed, Person)
 
 
-def test_several_choices_with_logprobs(client: OpenAI) -> None:
+def test_several_choices_with_logprobs(client: OpenAI, server: ServerProcess) -> None:
     def ask(**fields: Any) -> Any:
         return client.chat.completions.create(
             model=MODEL,
@@ -91,9 +91,8 @@ def test_several_choices_with_logprobs(client: OpenAI) -> None:
         assert text == choice.message.content
         assert all(token.logprob <= 0 for token in choice.logprobs.content)
     assert len({choice.message.content for choice in answer.choices}) > 1
-    assert [c.message.content for c in ask(logprobs=True).choices] == [
-        c.message.content for c in answer.choices
-    ]
+    again = [c.message.content for c in ask(logprobs=True).choices]
+    assert again == [c.message.content for c in answer.choices] or not server.is_exact
 
 
 def test_json_objects(client: OpenAI) -> None:
@@ -241,8 +240,9 @@ async def test_constrained_streams_beside_free_and_hostile_ones(server: ServerPr
         results = await asyncio.gather(
             refused(), *(free() for _ in range(4)), *(constrained(seed) for seed in range(6))
         )
-    assert results[1:5] == [quiet] * 4
-    assert results[8] == alone
+    if server.is_exact:
+        assert results[1:5] == [quiet] * 4
+        assert results[8] == alone
     assert results[0] < 3.0
     server.wait_until("num_requests_running", 0)
     server.wait_until("kv_cache_usage_perc", 0)

@@ -21,10 +21,10 @@ import pytest
 from engine_runtime.factory import RuntimeConfig, create_executor
 from engine_runtime.weights.checkpoint import open_checkpoint
 from scheduler.executor import Executor
-from scheduler.messages import SamplingParams
-from tests.engine_runtime.executors.generation import Generated, Limited, generate
+from scheduler.messages import Request, SamplingParams
+from tests.engine_runtime.executors.generation import Generated, Limited, answer, generate
 from tests.gpu.gpu_found import skip_without_gpu
-from tests.reference.recordings import Recording, load_recordings
+from tests.reference.recordings import Recording, load_recordings, load_vectors
 
 pytestmark = skip_without_gpu
 _NUM_TOKENS = 64
@@ -121,6 +121,21 @@ def test_chunked_and_with_prefix_hits(executor: Executor, recordings: list[Recor
     results, stats = generate(limited, prompts + prompts, _NUM_TOKENS)
     assert stats.prefix_cache_hits_total > 0
     _check(executor, prompts + prompts, results)
+
+
+@pytest.mark.parametrize("kind", ["mean", "last"])
+def test_vectors_of_texts(
+    executor: Executor, recordings: list[Recording], kind: Literal["mean", "last"]
+) -> None:
+    """Beside those of transformers in float32."""
+    params = SamplingParams(temperature=0.0, max_tokens=1, pooling=kind)
+    some = [Request(str(i), r.prompt_token_ids, params) for i, r in enumerate(recordings[::4])]
+    cosines = []
+    for result, expected in zip(answer(executor, some)[0], load_vectors("smollm2", kind), strict=True):
+        vector = np.asarray(result.embedding)
+        cosines.append(float(vector @ expected / np.linalg.norm(vector) / np.linalg.norm(expected)))
+    print(f"\n{kind}: cosines {[round(cosine, 4) for cosine in cosines]}")
+    assert min(cosines) > 0.97
 
 
 @pytest.mark.usefixtures("frequent_preemptions")
