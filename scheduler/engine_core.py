@@ -48,6 +48,7 @@ class EngineCore:
                 vocab_size=spec.vocab_size,
                 cache_seed=spec.model_id,
                 attention_parity=spec.attention_parity,
+                saturating_num_tokens=spec.saturating_num_tokens,
             ),
             self._grammars,
         )

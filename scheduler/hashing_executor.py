@@ -100,8 +100,8 @@ class HashingExecutor:
 
     Args:
         num_blocks, block_size, vocab_size, max_num_seqs, max_num_batched_tokens, max_model_len,
-        attention_parity: as in ``ExecutorSpec``. With a vocabulary of 2 and small blocks, prefixes of
-            requests coincide.
+        attention_parity, saturating_num_tokens: as in ``ExecutorSpec``. With a vocabulary of 2 and small
+            blocks, prefixes of requests coincide.
         step_seconds: how long a step takes at least.
         fail_at_steps: ids of steps that raise RuntimeError after destroying the slots they were to write.
             They have forgotten ``released`` and learned ``new`` all the same, as those of any executor must.
@@ -119,6 +119,7 @@ class HashingExecutor:
         max_model_len: int = 1024,
         max_in_flight: int = 1,
         attention_parity: int = 0,
+        saturating_num_tokens: int = 0,
         step_seconds: float = 0.0,
         fail_at_steps: Collection[int] = (),
         invalid_at_steps: Collection[int] = (),
@@ -133,6 +134,7 @@ class HashingExecutor:
             max_num_batched_tokens=max_num_batched_tokens,
             device="none (hashes)",
             attention_parity=attention_parity,
+            saturating_num_tokens=saturating_num_tokens,
         )
         self._max_in_flight = max_in_flight
         self._step_seconds = step_seconds

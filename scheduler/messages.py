@@ -357,6 +357,8 @@ class ExecutorSpec:
         attention_parity: tokens of context to which attending takes as long as all else that is done for a
             token of a prompt: deep in a long prompt, steps get fewer tokens so that they take no longer. 0 if
             that is not known.
+        saturating_num_tokens: tokens of a step from which larger ones compute hardly more a second. 0 if that
+            is not known.
     """
 
     model_id: str
@@ -369,3 +371,4 @@ class ExecutorSpec:
     device: str
     embedding_size: int = 0
     attention_parity: int = 0
+    saturating_num_tokens: int = 0

@@ -29,6 +29,9 @@ from scheduler.waiting_queue import WaitingQueue
 
 # So many of the queue are passed over, behind a prompt that is cut, by who fits beside it.
 _MAX_PASSED = 16
+# Tokens of prompts that a step has for each sequence that runs: who gets a token of an answer a step leaves
+# after some of them, and whoever comes in its place brings a prompt that is several times as long.
+_TOKENS_BESIDE = 16
 
 
 class Scheduler:
@@ -115,9 +118,8 @@ class Scheduler:
         """The next step, or None if there is nothing to compute (before the steps in flight are done)."""
         for request, error in self._grammars.take_prepared():
             self._enqueue(request, error)
-        config = self._config
         is_retry = bool(self._failed.limits)
-        step = Step(config.max_num_batched_tokens, config.attention_parity, is_retry=is_retry)
+        step = Step(self._step_tokens(), self._config.attention_parity, is_retry=is_retry)
         self._fill(step)
         if step.is_retry and not step.shares:
             step.is_retry = False
@@ -137,6 +139,17 @@ class Scheduler:
             tuple(forced.items()),
             self._grammars.masks(step.shares.values()),
         )
+
+    def _step_tokens(self) -> int:
+        """Tokens of the next step at most. Where few run, no more than the device is saturated by: more would
+        only make all of them wait for the end of the step. Who is alone has nobody to wait for.
+        """
+        config = self._config
+        num_running = len(self._running)
+        if not config.saturating_num_tokens or num_running + len(self._waiting) <= 1:
+            return config.max_num_batched_tokens
+        enough = max(config.saturating_num_tokens, num_running * _TOKENS_BESIDE)
+        return min(config.max_num_batched_tokens, enough)
 
     def _fill(self, step: Step) -> None:
         self._schedule_running(step)

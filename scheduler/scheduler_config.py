@@ -11,7 +11,7 @@ from scheduler.messages import Request
 class SchedulerConfig:
     """Limits of the device (see ``ExecutorSpec``). ``cache_seed`` names the model in the prefix cache.
 
-    Raises ValueError unless all numbers are positive (``attention_parity`` may be 0).
+    Raises ValueError unless all numbers are positive (the last two may be 0).
     """
 
     num_blocks: int
@@ -22,10 +22,11 @@ class SchedulerConfig:
     vocab_size: int
     cache_seed: str = ""
     attention_parity: int = 0
+    saturating_num_tokens: int = 0
 
     def __post_init__(self) -> None:
         for name in self.__slots__:
-            least = 0 if name == "attention_parity" else 1
+            least = 0 if name in ("attention_parity", "saturating_num_tokens") else 1
             if name != "cache_seed" and getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, not {getattr(self, name)}")
 

@@ -27,6 +27,7 @@ def scheduler(
     budget: int = 100,
     max_model_len: int = 100,
     attention_parity: int = 0,
+    saturating_num_tokens: int = 0,
 ) -> Scheduler:
     return Scheduler(
         SchedulerConfig(
@@ -37,6 +38,7 @@ def scheduler(
             max_model_len,
             vocab_size=1000,
             attention_parity=attention_parity,
+            saturating_num_tokens=saturating_num_tokens,
         ),
         NoGrammars(),
     )

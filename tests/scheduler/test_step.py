@@ -49,3 +49,17 @@ def test_steps_get_smaller_deep_in_a_prompt() -> None:
     # The quarter is one of work: 8 pay for 1 token behind 50.
     assert shares(advance(one)) == [("a", 50, 1, False), ("c", 0, 20, True)]
     assert one.stats.scheduled_tokens_total == 32 + 10 + 8 + 21
+
+
+def test_where_few_run_a_step_is_no_larger_than_saturates_the_device() -> None:
+    one = scheduler(budget=90, max_num_seqs=20, saturating_num_tokens=30)
+    one.add(request("a", 80))
+    assert shares(advance(one)) == [("a", 0, 80, True)]  # it is alone
+    for name in "bcdefg":
+        one.add(request(name, 20))
+    assert shares(advance(one)) == [("a", 80, 1, True), ("b", 0, 20, True), ("c", 0, 9, False)]
+    # Three run: 16 tokens for each.
+    step = advance(one)
+    assert step.num_tokens == 48
+    assert [share.request_id for share in step.scheduled] == ["a", "b", "c", "d", "e"]
+    assert advance(one).num_tokens == 4 + 5 + 2 * 20

@@ -52,6 +52,7 @@ class Workload:
     max_model_len: int
     max_in_flight: int
     attention_parity: int
+    saturating_num_tokens: int
     requests: tuple[Request, ...]
     arrivals: tuple[int, ...]
     aborts: tuple[tuple[int, int], ...]
@@ -67,6 +68,7 @@ class Workload:
             max_model_len=self.max_model_len,
             max_in_flight=self.max_in_flight,
             attention_parity=self.attention_parity,
+            saturating_num_tokens=self.saturating_num_tokens,
             fail_at_steps=self.fail_at_steps,
             invalid_at_steps=self.invalid_at_steps,
         )
@@ -122,6 +124,7 @@ def workloads(
         max_model_len=draw(st.sampled_from([12, 32, 64])),
         max_in_flight=draw(st.integers(1, 2)),
         attention_parity=draw(st.sampled_from([0, 0, 0, 3, 30])),
+        saturating_num_tokens=draw(st.sampled_from([0, 1, 6, 20])),
         requests=named,
         arrivals=tuple(arrivals),
         aborts=tuple(draw(st.lists(abort, max_size=5))) if has_aborts else (),
@@ -161,6 +164,7 @@ def heavy_workload(seed: int) -> Workload:
         max_model_len=80,
         max_in_flight=rng.choice([1, 2]),
         attention_parity=rng.choice([0, 0, 10]),
+        saturating_num_tokens=rng.choice([0, 0, 2, 10]),
         requests=requests,
         arrivals=tuple(index // 2 for index in range(len(requests))),
         aborts=tuple((rng.randrange(120), rng.randrange(len(requests))) for _ in range(len(requests) // 6)),
@@ -265,7 +269,8 @@ class WatchingExecutor:
         assert cost <= budget + 1e-6, "more work than a step may have"
         if incomplete and not parity:
             position = step.scheduled.index(incomplete[0])
-            left = budget - sum(share.num_tokens for share in step.scheduled[:position])
+            saturating = min(budget, self.spec.saturating_num_tokens or budget)
+            left = saturating - sum(share.num_tokens for share in step.scheduled[:position])
             least = max(1, min(left // 4, left - len(self.alive)))
             assert incomplete[0].num_tokens >= least, "starves behind short ones"
         if budget >= self.spec.max_num_seqs or (step.num_tokens < budget and not parity):

@@ -12,7 +12,7 @@ from engine_runtime.cuda import CudaDevice, CudaError, NoDeviceError, Stream
 from engine_runtime.executors.attention_parity import attention_parity
 from engine_runtime.executors.memory_plan import MemoryPlan, MemoryPlanError, make_plan
 from engine_runtime.executors.tensorrt.batch import DeviceBatch, StepInputs
-from engine_runtime.executors.tensorrt.buckets import largest_step
+from engine_runtime.executors.tensorrt.buckets import largest_step, saturating_tokens
 from engine_runtime.executors.tensorrt.decoder import DeviceDecoder, KvCache, buffer_sizes
 from engine_runtime.executors.tensorrt.executor import MAX_IN_FLIGHT, TensorRTExecutor
 from engine_runtime.executors.tensorrt.library import TensorRTError
@@ -260,6 +260,7 @@ def _create(
         max_num_batched_tokens=max_tokens,
         device=f"{device.properties.name} ({', '.join(kinds)})",
         attention_parity=attention_parity(model, _ATTENTION_SLOWNESS),
+        saturating_num_tokens=saturating_tokens(model.hidden_size, device.properties.num_multiprocessors),
         embedding_size=model.hidden_size if decoder.can_pool else 0,
     )
     executor = TensorRTExecutor(spec, device, stream, decoder, batch, inputs, sampler, builds)

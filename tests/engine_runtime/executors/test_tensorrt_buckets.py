@@ -9,6 +9,7 @@ from engine_runtime.executors.tensorrt.buckets import (
     bucket_for,
     decode_buckets,
     largest_step,
+    saturating_tokens,
     token_buckets,
 )
 
@@ -53,3 +54,9 @@ def test_what_is_missing_is_padded_to_the_next_size_and_remembered() -> None:
 def test_the_largest_is_never_missing() -> None:
     with pytest.raises(ValueError, match="16, must be there"):
         Buckets((8, 16), missing=(16,))
+
+
+def test_the_narrowest_product_says_when_a_gpu_is_saturated() -> None:
+    assert saturating_tokens(4096, 132) == 2048  # 16 x 16 tiles for 132 multiprocessors
+    assert saturating_tokens(8192, 132) == 1024
+    assert saturating_tokens(64, 30) == 7680
