@@ -162,18 +162,27 @@ async def _run(
                 most_late = max(most_late, time.perf_counter() - begin - due)
             exchange = Exchange(time.perf_counter())
             exchanges.append(exchange)
-            try:
-                async with asyncio.timeout(seconds_for_one):
-                    await post(target, request, exchange)
-            except (OSError, TimeoutError) as error:
-                exchange.failure = str(error) or f"no end after {seconds_for_one:.0f} s"
+            await post(target, request, exchange, seconds_for_one)
             on_end()
 
     await asyncio.gather(*(work() for _ in range(min(concurrency, len(requests)))))
     return Run(exchanges, time.perf_counter() - begin, time.process_time() - begin_cpu, most_late)
 
 
-async def post(target: Target, request: bytes, exchange: Exchange) -> None:
+async def post(target: Target, request: bytes, exchange: Exchange, seconds: float) -> None:
+    """Sends a request on a connection of its own; the exchange tells what came of it, or what went wrong.
+
+    Args:
+        seconds: after which it has failed.
+    """
+    try:
+        async with asyncio.timeout(seconds):
+            await _post(target, request, exchange)
+    except (OSError, TimeoutError) as error:
+        exchange.failure = str(error) or f"no end after {seconds:.0f} s"
+
+
+async def _post(target: Target, request: bytes, exchange: Exchange) -> None:
     loop = asyncio.get_running_loop()
     finished = loop.create_future()
     transport, _ = await loop.create_connection(

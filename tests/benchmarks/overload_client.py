@@ -231,11 +231,7 @@ async def _send(target: Target, request: bytes, due: float, seen: Seen) -> None:
     for number in range(1, seen.clients.num_retries + 2):
         attempt = Attempt(Exchange(time.perf_counter()), time.perf_counter() - due, number)
         seen.attempts.append(attempt)
-        try:
-            async with asyncio.timeout(_TIMEOUT_S):
-                await post(target, request, attempt.exchange)
-        except (OSError, TimeoutError) as error:
-            attempt.exchange.failure = str(error) or "timeout"
+        await post(target, request, attempt.exchange, _TIMEOUT_S)
         if attempt.status not in (429, 503) or number > seen.clients.num_retries:
             return
         wait = attempt.wait

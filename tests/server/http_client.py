@@ -8,7 +8,7 @@ import json
 import socket
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import uvicorn
@@ -21,15 +21,21 @@ from server.http_protocol import HttpProtocol
 from server.listening import listen
 from server.tokenizer import Tokenizer
 
+if TYPE_CHECKING:
+    from server.tracing import Traces
+
 MODEL = "smollm2-135m-instruct"
 
 
 @asynccontextmanager
 async def api(
-    engine: EngineClient, tokenizer: Tokenizer, config: ServerConfig | None = None
+    engine: EngineClient,
+    tokenizer: Tokenizer,
+    config: ServerConfig | None = None,
+    traces: Traces | None = None,
 ) -> AsyncIterator[httpx.AsyncClient]:
     """A client of an application in this process. Responses come whole."""
-    app = create_app(config or ServerConfig(), engine, tokenizer)
+    app = create_app(config or ServerConfig(), engine, tokenizer, traces)
     transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     try:
         async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:

@@ -9,7 +9,7 @@ import os
 import signal
 import tempfile
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import aclosing
 from pathlib import Path
 
@@ -241,21 +241,32 @@ def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(server.engine_link, "_WATCH_EVERY_S", 0.05)
 
 
-@pytest.mark.usefixtures("_impatient")
-async def test_an_engine_that_stands_still_is_not_ready_until_it_goes_on() -> None:
+@contextlib.asynccontextmanager
+async def stopped() -> AsyncIterator[tuple[Watched, Callable[[], Awaitable[None]]]]:
+    """An engine that was stopped while it answered, and what awaits the answer and compares it."""
     asked = Request("r", (1, 0), SamplingParams(seed=3, max_tokens=60))
     wide = HashingExecutor(num_blocks=64, block_size=4, vocab_size=2).spec
     async with started() as watched:
-        client = watched.client
-        outputs = client.generate(asked)
+        outputs = watched.client.generate(asked)
         tokens = list((await anext(outputs)).token_ids)
+
+        async def finish() -> None:
+            rest = [token async for output in outputs for token in output.token_ids]
+            assert tokens + rest == run_alone(asked, wide)[0]
+
         os.kill(watched.process_ids[-1], signal.SIGSTOP)
+        yield watched, finish
+
+
+@pytest.mark.usefixtures("_impatient")
+async def test_an_engine_that_stands_still_is_not_ready_until_it_goes_on() -> None:
+    async with stopped() as (watched, finish):
+        client = watched.client
         try:
             await until(lambda: not client.is_ready, seconds=1.4)
         finally:
             os.kill(watched.process_ids[-1], signal.SIGCONT)
-        tokens += [token async for output in outputs for token in output.token_ids]
-        assert tokens == run_alone(asked, wide)[0]
+        await finish()
         await until(lambda: client.is_ready, seconds=1)
         assert client.num_restarts == 0
         # Nothing to do is no reason for suspicion.
@@ -267,18 +278,11 @@ async def test_an_engine_that_stands_still_is_not_ready_until_it_goes_on() -> No
 
 @pytest.mark.usefixtures("_impatient")
 async def test_an_engine_that_hangs_is_replaced_and_streams_go_on() -> None:
-    asked = Request("r", (1, 0), SamplingParams(seed=3, max_tokens=60))
-    wide = HashingExecutor(num_blocks=64, block_size=4, vocab_size=2).spec
-    async with started() as watched:
-        client = watched.client
-        outputs = client.generate(asked)
-        tokens = list((await anext(outputs)).token_ids)
-        os.kill(watched.process_ids[-1], signal.SIGSTOP)
-        tokens += [token async for output in outputs for token in output.token_ids]
-        assert tokens == run_alone(asked, wide)[0]
-        assert client.num_restarts == 1
+    async with stopped() as (watched, finish):
+        await finish()
+        assert watched.client.num_restarts == 1
         assert len(watched.process_ids) == 2
-        assert client.is_ready
+        assert watched.client.is_ready
 
 
 async def test_a_stream_that_is_failed_frees_its_blocks() -> None:

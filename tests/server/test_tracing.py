@@ -26,7 +26,6 @@ from scheduler.hashing_executor import HashingExecutor
 from scheduler.messages import EngineOutput, FinishReason, Request
 from server import cli, otlp_settings
 from server.api_keys import api_key
-from server.app import create_app
 from server.config import ServerConfig
 from server.engine_protocol import EngineClient
 from server.errors import EngineDeadError
@@ -34,7 +33,7 @@ from server.logs import JsonFormatter, TextFormatter, trace_fields
 from server.otlp_settings import TracesError, parse_endpoint, traces_endpoint
 from server.tokenizer import Tokenizer
 from server.tracing import OtlpTraces, Traces
-from tests.server.http_client import MODEL, chat
+from tests.server.http_client import MODEL, api, chat
 from tests.server.in_process_engine import HashingEngine, ScriptedEngine, tokens
 
 TRACE_ID, PARENT_ID = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -45,13 +44,10 @@ TRACED = {"traceparent": f"00-{TRACE_ID}-{PARENT_ID}-01"}
 async def traced(
     engine: EngineClient, tokenizer: Tokenizer, traces: Traces, config: ServerConfig | None = None
 ) -> AsyncIterator[httpx.AsyncClient]:
-    app = create_app(config or ServerConfig(), engine, tokenizer, traces)
-    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
     try:
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        async with api(engine, tokenizer, config, traces) as client:
             yield client
     finally:
-        await app.state.service.close()
         await traces.close()
 
 
