@@ -31,7 +31,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
             "gpu-memory-utilization": 0.85,
             "strict-fields": True,
         },
-        "environment": [{"name": "HF_HOME", "value": "/cache/huggingface"}],
+        "environment": [
+            {"name": "HF_TOKEN", "valueFrom": {"secretKeyRef": {"name": "hub", "key": "token"}}},
+        ],
         "metricsPrefix": "vllm",
         "apiKeys": {"existingSecret": "inflightd-keys", "probeSecretKey": "probe"},
         "cache": {"kind": "ephemeral", "size": "60Gi"},

@@ -2,7 +2,8 @@
 
     debootstrap --variant=minbase --include=ca-certificates,python3,python3-venv,python-is-python3 \\
         bookworm BASE
-    python -m tests.deploy.clean_root --target gpu [--lend PATH[:AS] ...] BASE WORK [COMMAND ...]
+    python -m tests.deploy.clean_root --target gpu [--lend PATH[:AS] ...] BASE WORK
+    python -m tests.deploy.clean_root --target gpu [--env NAME=VALUE ...] BASE WORK COMMAND ...
 
 As root. BASE stands for the image that the Dockerfile starts from: the same Debian, and its own Python. Each
 stage that the target needs is a copy of the one it is from, in WORK/STAGE; what has been carried out is not
@@ -202,8 +203,12 @@ class CleanRoot:
                 undo.callback(subprocess.run, ["umount", target], check=True)
             yield
 
-    def run(self, name: str, command: Sequence[str]) -> int:
-        """``command`` as in a container of the stage with a root that cannot be written; its exit status."""
+    def run(self, name: str, command: Sequence[str], variables: Sequence[str] = ()) -> int:
+        """``command`` as in a container of the stage with a root that cannot be written; its exit status.
+
+        Args:
+            variables: ``NAME=VALUE``, beside those of the stage.
+        """
         settings = self.carry_out(name)
         root = self.folder(name)
         volumes = [f"mount --bind {self._volume(name, volume)} {root}{volume}" for volume in settings.volumes]
@@ -222,7 +227,7 @@ class CleanRoot:
         inside = _inside(root, settings, command)
         environment = [f"{name}={value}" for name, value in _environment(root, settings).items()]
         return subprocess.run(
-            [*unshare, *prepared, "env", "-i", *environment, *inside], check=False
+            [*unshare, *prepared, "env", "-i", *environment, *variables, *inside], check=False
         ).returncode
 
     def _volume(self, name: str, volume: str) -> Path:
@@ -254,6 +259,7 @@ def main() -> int:
     parser.add_argument(
         "--lend", action="append", default=[], metavar="PATH[:AS]", help="what steps see of this machine"
     )
+    parser.add_argument("--env", action="append", default=[], metavar="NAME=VALUE", help="for the command")
     parser.add_argument(
         "command",
         nargs=argparse.REMAINDER,
@@ -266,7 +272,7 @@ def main() -> int:
     command = arguments.command
     if command == ["HEALTHCHECK"]:
         command = settings.healthcheck
-    return roots.run(arguments.target, command) if command else 0
+    return roots.run(arguments.target, command, arguments.env) if command else 0
 
 
 if __name__ == "__main__":

@@ -66,22 +66,34 @@ def test_images_do_not_run_as_root_and_stop_in_time() -> None:
 
 
 def test_everything_that_is_fetched_or_compiled_stays_in_the_volume() -> None:
-    """For the unit of systemd too: nothing else can be written there."""
-    of_the_unit = dict(re.findall(r"^Environment=(\w+)=(\S+)$", UNIT, re.MULTILINE))
+    """Nothing else can be written, neither in a container, nor in a pod, nor by the unit of systemd."""
+    unit = dict(re.findall(r"^Environment=(\w+)=(\S+)$", UNIT, re.MULTILINE))
+    (deployment,) = (
+        manifest
+        for manifest in yaml.safe_load_all((ROOT / "deploy/helm/rendered/default.yaml").read_text())
+        if manifest["kind"] == "Deployment"
+    )
+    (container,) = deployment["spec"]["template"]["spec"]["containers"]
+    pod = IMAGE.environment | {each["name"]: each["value"] for each in container["env"]}
     script = (
         "from huggingface_hub import constants as hub; from server import model_source;"
         "from engine_runtime.executors.tensorrt import engine_cache;"
-        "print(hub.HF_HUB_CACHE, hub.HF_XET_CACHE, hub.HF_TOKEN_PATH, engine_cache.default_cache_folder(),"
+        "print(hub.HF_HUB_CACHE, hub.HF_XET_CACHE, engine_cache.default_cache_folder(),"
         " model_source.cache_directory())"
     )
-    for settings in (IMAGE.environment, of_the_unit):
+    for settings, volume in (
+        (IMAGE.environment, "/var/cache/inflightd"),
+        (unit, "/var/cache/inflightd"),
+        (pod, "/cache"),
+    ):
         environment = {"HOME": "/none", "PYTHONPATH": str(ROOT)} | settings
         command = [sys.executable, "-c", script]
         done = subprocess.run(command, env=environment, check=True, capture_output=True, text=True)
         for folder in done.stdout.split():
-            assert Path(folder).is_relative_to("/var/cache/inflightd"), folder
+            assert Path(folder).is_relative_to(volume), folder
     assert IMAGE.volumes == ("/var/cache/inflightd",)
     assert "CacheDirectory=inflightd\n" in UNIT
+    assert {"name": "cache", "mountPath": "/cache"} in container["volumeMounts"]
 
 
 @pytest.mark.parametrize("arguments", [["--port=x"], ["--ssl-keyfile=k.pem"]], ids=" ".join)
