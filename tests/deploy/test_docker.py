@@ -138,6 +138,13 @@ def health_check(port: int, certfile: str = "") -> int:
     return done.returncode
 
 
+def test_a_container_has_as_long_as_a_pod_to_fetch_its_model() -> None:
+    chart = yaml.safe_load((ROOT / "deploy/helm/inflightd/values.yaml").read_text())
+    startup = chart["probes"]["startup"]
+    (minutes,) = re.findall(r"^HEALTHCHECK .*--start-period=(\d+)m ", DOCKERFILE, re.MULTILINE)
+    assert int(minutes) * 60 == startup["periodSeconds"] * startup["failureThreshold"]
+
+
 def test_the_health_check_tells_the_living_from_the_dead(certificate: tuple[str, str]) -> None:
     with alive(200) as port:
         assert health_check(port) == 0
