@@ -38,8 +38,13 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no process works on one of them alone at the end."""
-    items.sort(key=lambda item: not item.nodeid.startswith(_TOGETHER))
+    """The longest first, so that no process works on one of them alone at the end.
+
+    Those of the server mostly wait, so they come beside the end-to-end tests. Two processes that both compute
+    on all cores would slow each other down by half.
+    """
+    first = (_TOGETHER[0], "tests/server/", _TOGETHER[1])
+    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in first])
 
 
 @pytest.fixture
