@@ -4,8 +4,9 @@
 
 Each time is a replay of a CUDA graph that runs several layers in turn, so that weights come from memory and
 not from the cache. ``--torch`` compiles the same layer with max-autotune (10 to 30 s a token count) and
-replays it in the same way. The floor is the larger of bytes / 4.3 TB/s and operations / 790 TFLOP/s, both
-measured on the H200 (--bandwidth, --flops for other GPUs).
+replays it in the same way, in turns with ours: a GPU gets slower while it warms up to its power limit. The
+floor is the larger of bytes / 4.3 TB/s and operations / 790 TFLOP/s, both measured on the H200 (--bandwidth,
+--flops for other GPUs).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from engine_runtime.rope import RopeConfig
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 _LEAST_WEIGHT_BYTES = 600 << 20
 _MICROSECONDS = 60_000  # a measurement lasts at least about this long, and so does warming up
+_TURNS = 3
 
 
 def _config(hidden: int, gated: int, heads: int, kv_heads: int, layers: int) -> ModelConfig:
@@ -86,8 +88,20 @@ def weight_bytes(config: ModelConfig, quantization: Quantization) -> int:
     return item * hidden * (config.q_size + 3 * config.intermediate_size + config.qkv_size)
 
 
-def replay_time(runs: list[Callable[[], None]], stream: Stream) -> float:
-    """Microseconds of one run: the median over replays of a graph that holds all of them."""
+@dataclass(frozen=True)
+class Replay:
+    """A CUDA graph of several runs.
+
+    Attributes:
+        kept: what it reads and must not be freed before it.
+    """
+
+    launch: Callable[[], None]
+    num_runs: int
+    kept: object
+
+
+def captured(runs: list[Callable[[], None]], stream: Stream) -> Replay:
     for run in runs:
         run()
     stream.synchronize()
@@ -101,7 +115,16 @@ def replay_time(runs: list[Callable[[], None]], stream: Stream) -> float:
     def launch() -> None:
         checked(driver.cuGraphLaunch(replay, stream.handle))
 
-    return replay_graph(launch, stream) / len(runs)
+    return Replay(launch, len(runs), runs)
+
+
+def time_in_turns(replays: Mapping[str, Replay], stream: Stream) -> dict[str, float]:
+    """Microseconds of one run of each, the median of its turns."""
+    times: dict[str, list[float]] = {name: [] for name in replays}
+    for _ in range(_TURNS):
+        for name, replay in replays.items():
+            times[name].append(replay_graph(replay.launch, stream) / replay.num_runs)
+    return {name: statistics.median(found) for name, found in times.items()}
 
 
 def replay_graph(launch: Callable[[], None], stream: Stream) -> float:
@@ -183,15 +206,16 @@ def measure_shape(
                 with_tensorrt=not arguments.no_tensorrt,
             )  # fmt: skip
             seconds = time.perf_counter() - start
-            times: dict[str, float] = {}
+            replays: dict[str, Replay] = {}
             for formulation in tactic.microseconds:
                 segment = factory.make("middle", num_tokens, Tactic(formulation, tactic.kernels))
                 segment.use_workspace(layers.workspace.address)
                 runs = [_enqueue(segment.bind(at), stream) for at in layers.addresses()]
-                times[formulation] = replay_time(runs * max(1, 6 // len(runs)), stream)
-            torch_time = None
+                replays[formulation] = captured(runs * max(1, 6 // len(runs)), stream)
             if num_tokens in torch_tokens:
-                torch_time = time_torch(config, num_tokens, layers.num_layers)
+                replays["torch"] = compiled_by_torch(config, num_tokens, layers.num_layers, stream)
+            times = time_in_turns(replays, stream)
+            torch_time = times.pop("torch", None)
             num_bytes = weight_bytes(config, quantization)
             operations = num_tokens * weight_bytes(config, "none")
             flops = arguments.flops * (2 if quantization == "fp8" else 1)
@@ -218,7 +242,7 @@ def _enqueue(bound: BoundSegment, stream: Stream) -> Callable[[], None]:
     return lambda: bound.enqueue(stream)
 
 
-def time_torch(config: ModelConfig, num_tokens: int, num_layers: int) -> float:
+def compiled_by_torch(config: ModelConfig, num_tokens: int, num_layers: int, stream: Stream) -> Replay:
     """The same layer, compiled by torch with max-autotune."""
     import torch
     from torch.nn import functional
@@ -263,12 +287,12 @@ def time_torch(config: ModelConfig, num_tokens: int, num_layers: int) -> float:
         with torch.cuda.graph(graph):
             for layer_weights in weights * repeats:
                 compiled(attention, residual, *layer_weights)
-        stream = Stream()
+
+    def launch() -> None:
         with torch.cuda.stream(torch.cuda.ExternalStream(stream.handle)):
-            time = replay_graph(graph.replay, stream) / (num_layers * repeats)
-    del graph, weights
-    torch.cuda.empty_cache()
-    return float(time)
+            graph.replay()
+
+    return Replay(launch, num_layers * repeats, (weights, attention, residual))
 
 
 def _line(row: Row) -> str:
