@@ -29,9 +29,9 @@ from scheduler.waiting_queue import WaitingQueue
 
 # So many of the queue are passed over, behind a prompt that is cut, by who fits beside it.
 _MAX_PASSED = 16
-# Tokens of prompts that a step has for each sequence that runs: who gets a token of an answer a step leaves
-# after some of them, and whoever comes in its place brings a prompt that is several times as long.
-_TOKENS_BESIDE = 16
+# Tokens that a step has for each sequence: whoever leaves, after a step for each token of its answer, makes
+# place for a prompt that may be several times as long.
+_TOKENS_OF_ONE = 16
 
 
 class Scheduler:
@@ -141,14 +141,14 @@ class Scheduler:
         )
 
     def _step_tokens(self) -> int:
-        """Tokens of the next step at most. Where few run, no more than the device is saturated by: more would
-        only make all of them wait for the end of the step. Who is alone has nobody to wait for.
+        """Tokens of the next step at most. For few sequences, no more than the device is saturated by: more
+        would only make all of them wait for the end of the step. Who is alone has nobody to wait for.
         """
         config = self._config
-        num_running = len(self._running)
-        if not config.saturating_num_tokens or num_running + len(self._waiting) <= 1:
+        num_sequences = len(self._sequences)
+        if not config.saturating_num_tokens or num_sequences <= 1:
             return config.max_num_batched_tokens
-        enough = max(config.saturating_num_tokens, num_running * _TOKENS_BESIDE)
+        enough = max(config.saturating_num_tokens, num_sequences * _TOKENS_OF_ONE)
         return min(config.max_num_batched_tokens, enough)
 
     def _fill(self, step: Step) -> None:

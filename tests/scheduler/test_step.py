@@ -51,15 +51,14 @@ def test_steps_get_smaller_deep_in_a_prompt() -> None:
     assert one.stats.scheduled_tokens_total == 32 + 10 + 8 + 21
 
 
-def test_where_few_run_a_step_is_no_larger_than_saturates_the_device() -> None:
-    one = scheduler(budget=90, max_num_seqs=20, saturating_num_tokens=30)
+def test_for_few_a_step_is_no_larger_than_saturates_the_device() -> None:
+    one = scheduler(budget=200, max_num_seqs=20, saturating_num_tokens=60)
     one.add(request("a", 80))
     assert shares(advance(one)) == [("a", 0, 80, True)]  # it is alone
-    for name in "bcdefg":
-        one.add(request(name, 20))
-    assert shares(advance(one)) == [("a", 80, 1, True), ("b", 0, 20, True), ("c", 0, 9, False)]
-    # Three run: 16 tokens for each.
-    step = advance(one)
-    assert step.num_tokens == 48
-    assert [share.request_id for share in step.scheduled] == ["a", "b", "c", "d", "e"]
-    assert advance(one).num_tokens == 4 + 5 + 2 * 20
+    one.add(request("b", 40))
+    one.add(request("c", 40))
+    assert shares(advance(one)) == [("a", 80, 1, True), ("b", 0, 40, True), ("c", 0, 19, False)]
+    assert shares(advance(one)) == [("a", 81, 1, True), ("b", 40, 1, True), ("c", 19, 21, True)]
+    for name in "defghi":
+        one.add(request(name, 40))
+    assert advance(one).num_tokens == 9 * 16
