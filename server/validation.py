@@ -105,7 +105,7 @@ class Validator:
         Raises:
             ApiError: the model cannot answer it.
         """
-        if wire.top_logprobs is not None and not wire.logprobs:
+        if wire.top_logprobs and not wire.logprobs:  # 0 asks for nothing; vLLM's own clients send it
             raise InvalidRequestError(
                 "'top_logprobs' needs 'logprobs' to be true.", param="top_logprobs", code="invalid_value"
             )

@@ -1,7 +1,8 @@
-"""GET /v1/models and /v1/models/{id}"""
+"""GET /v1/models and /v1/models/{id}, with the fields of OpenAI's API and of Anthropic's"""
 
 from __future__ import annotations
 
+from datetime import UTC, datetime
 from typing import Any
 
 import msgspec
@@ -19,7 +20,8 @@ router = APIRouter()
 async def list_models(request: Request) -> Response:
     service = service_of(request)
     names = service.config.served_model_names
-    return _json({"object": "list", "data": [_model(service, name) for name in names]})
+    page = {"has_more": False, "first_id": names[0], "last_id": names[-1]}
+    return _json({"object": "list", "data": [_model(service, name) for name in names], **page})
 
 
 @router.get("/v1/models/{model_id:path}")
@@ -39,7 +41,11 @@ def _model(service: Service, name: str) -> dict[str, Any]:
     return {
         "id": name,
         "object": "model",
+        "type": "model",
+        "display_name": name,
         "created": service.started,
+        "created_at": datetime.fromtimestamp(service.started, UTC).isoformat(),
+        "lifecycle": "active",
         "owned_by": "inflightd",
         "root": service.config.served_model_names[0],
         "parent": None,

@@ -59,7 +59,7 @@ def reference_probabilities(
     if params.top_p < 1.0:
         mass = np.where(kept, weights[order], 0.0)
         before = np.cumsum(mass) - mass
-        kept &= before < params.top_p * mass.sum()
+        kept[1:] &= before[1:] < params.top_p * mass.sum()  # the most likely one always stays
     probabilities = np.zeros_like(weights)
     probabilities[order[kept]] = weights[order[kept]]
     result: npt.NDArray[np.float64] = probabilities / probabilities.sum()
@@ -83,7 +83,7 @@ def random_params(rng: np.random.Generator, vocab_size: int) -> SamplingParams:
     return SamplingParams(
         temperature=float(rng.choice([0.3, 0.7, 1.0, 1.7, 5.0])),
         top_k=int(rng.choice([0, 0, 1, 2, 5, 40, vocab_size, vocab_size + 1])),
-        top_p=float(rng.choice([1.0, 1.0, 0.001, 0.3, 0.9, 0.99])),
+        top_p=float(rng.choice([1.0, 1.0, 0.0, 0.001, 0.3, 0.9, 0.99])),
         min_p=float(rng.choice([0.0, 0.0, 0.001, 0.1, 1.0])),
         seed=int(rng.integers(2**63)),
     )

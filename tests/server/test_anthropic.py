@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
@@ -200,6 +201,20 @@ async def test_thinking_text_and_calls(thinking: Tokenizer) -> None:
     assert '"description": "Weather of a city"' in prompt
 
 
+async def test_models(tokenizer: Tokenizer) -> None:
+    config = ServerConfig(served_model_name=("org/main", "alias"))
+    async with _client(_scripted(tokenizer), tokenizer, config) as client:
+        models = [model async for model in client.models.list()]
+        model = await client.models.retrieve("org/main")
+    assert [(each.id, each.display_name, each.type) for each in models] == [
+        ("org/main", "org/main", "model"),
+        ("alias", "alias", "model"),
+    ]
+    assert model == models[0]
+    assert model.lifecycle == "active"
+    assert abs(model.created_at.timestamp() - time.time()) < 60
+
+
 async def test_blocks_are_told_one_after_the_other(thinking: Tokenizer) -> None:
     async with api(_scripted(thinking, f"<think>Hm.</think>I look.{CALL}"), thinking) as client:
         response = await client.post("/v1/messages", json=BODY | {"stream": True, "tools": [WEATHER]})
@@ -354,7 +369,7 @@ async def test_counting_needs_no_room(tokenizer: Tokenizer) -> None:
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
         ({"temperature": 1.5}, "temperature"),
-        ({"top_p": 0}, "top_p"),
+        ({"top_p": -0.1}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"stop_sequences": "x"}, "stop_sequences"),
