@@ -117,7 +117,7 @@ def _usage_of_workers(num_tokens: int) -> Usage:
 
 async def metric(port: int, name: str) -> float:
     """The value of a metric of the server."""
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=60) as client:  # behind thousands of connections, if need be
         page = (await client.get(f"http://127.0.0.1:{port}/metrics")).text
     found = re.search(rf"^inflightd:{name}\S* (\S+)$", page, re.MULTILINE)
     assert found is not None, f"{name} is not in /metrics"
