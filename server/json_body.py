@@ -7,6 +7,7 @@ that the wire models can refuse them naming the field.
 from __future__ import annotations
 
 import asyncio
+import codecs
 from typing import Any
 
 import jiter
@@ -24,7 +25,10 @@ def parse_json(data: bytes, subject: str, param: str | None = None) -> Any:
     try:
         return jiter.from_json(data, allow_inf_nan=True, catch_duplicate_keys=True)
     except ValueError as error:
-        raise InvalidJsonError(f"{subject} is not valid JSON: {_reason(error)}.", param=param) from None
+        reason = _reason(error)
+        if data.startswith(codecs.BOM_UTF8):
+            reason = "it begins with a byte order mark, which some editors write; save it without"
+        raise InvalidJsonError(f"{subject} is not valid JSON: {reason}.", param=param) from None
 
 
 def parse_json_object(body: bytes) -> dict[str, Any]:

@@ -43,7 +43,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     Those of the server mostly wait, so they come beside the end-to-end tests. Two processes that both compute
     on all cores would slow each other down by half.
     """
-    first = (_TOGETHER[0], "tests/server/", _TOGETHER[1])
+    first = (_TOGETHER[0], "tests/server/", _TOGETHER[1], "tests/scheduler/")
     items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in first])
 
 

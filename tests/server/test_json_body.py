@@ -56,6 +56,8 @@ def test_what_is_no_json_object(body: bytes) -> None:
 def test_the_message_says_where() -> None:
     with pytest.raises(InvalidJsonError, match="line 2 column 7"):
         parse_json_object(b'{"a": 1,\n "b": x}')
+    with pytest.raises(InvalidJsonError, match="byte order mark"):
+        parse_json_object(b'\xef\xbb\xbf{"a": 1}')
 
 
 def test_a_name_that_comes_twice_is_not_shown() -> None:
