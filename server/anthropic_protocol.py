@@ -144,5 +144,5 @@ class MessagesRequest(PromptFields):
     )
     stream: bool | None = None
     temperature: Annotated[Number, Field(ge=0.0, le=1.0)] | None = None
-    top_p: Annotated[Number, Field(ge=0.0, le=1.0)] | None = None
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=0, le=INT32_MAX)] | None = None

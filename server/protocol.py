@@ -237,7 +237,7 @@ class SamplingFields(ModelFields):
     use_beam_search: bool | None = None
     length_penalty: Annotated[Number, Field(ge=-MAX_LENGTH_PENALTY, le=MAX_LENGTH_PENALTY)] | None = None
     temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[Number, Field(ge=0.0, le=1.0)] | None = None
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
     min_p: Annotated[Number, Field(ge=0.0, le=1.0)] | None = None
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None

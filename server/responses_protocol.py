@@ -194,7 +194,7 @@ class ResponsesRequest(ModelFields):
     previous_response_id: _Id | None = None
     max_output_tokens: Annotated[int, Field(ge=1, le=INT64_MAX)] | None = None
     temperature: Annotated[Number, Field(ge=0.0, le=2.0)] | None = None
-    top_p: Annotated[Number, Field(ge=0.0, le=1.0)] | None = None
+    top_p: Annotated[Number, Field(gt=0.0, le=1.0)] | None = None
     top_k: Annotated[int, Field(ge=-1, le=INT32_MAX)] | None = None
     seed: Annotated[int, Field(ge=-INT64_MAX - 1, le=INT64_MAX)] | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=MAX_LOGPROBS)] | None = None

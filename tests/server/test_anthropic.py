@@ -369,7 +369,7 @@ async def test_counting_needs_no_room(tokenizer: Tokenizer) -> None:
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
         ({"temperature": 1.5}, "temperature"),
-        ({"top_p": -0.1}, "top_p"),
+        ({"top_p": 0}, "top_p"),
         ({"top_k": -1}, "top_k"),
         ({"stop_sequences": [""]}, "stop_sequences[0]"),
         ({"stop_sequences": "x"}, "stop_sequences"),

@@ -141,7 +141,7 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
     ({"temperature": float("inf")}, "temperature", "invalid_value"),
     ({"temperature": float("-inf")}, "temperature", "invalid_value"),
     ({"temperature": [1]}, "temperature", "invalid_type"),
-    ({"top_p": -0.1}, "top_p", "decimal_below_min_value"),
+    ({"top_p": 0}, "top_p", "decimal_below_min_value"),
     ({"top_p": 1.1}, "top_p", "decimal_above_max_value"),
     ({"top_k": -2}, "top_k", "integer_below_min_value"),
     ({"top_k": _BIG}, "top_k", "integer_above_max_value"),
