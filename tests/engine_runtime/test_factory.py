@@ -8,7 +8,7 @@ import pytest
 
 from engine_runtime.executors.onnxruntime import factory
 from engine_runtime.executors.onnxruntime.factory import plan_cpu_memory
-from engine_runtime.executors.onnxruntime.packed_product import has_packed_product
+from engine_runtime.executors.onnxruntime.vnni_tiles import has_vnni
 from engine_runtime.factory import (
     CheckpointError,
     DeviceError,
@@ -75,7 +75,11 @@ def test_dtypes_and_weights_have_models_of_their_own_in_the_prefix_cache(tmp_pat
     assert len(set(ids)) == 3
 
 
-def test_plan_needs_no_weights_and_counts_what_is_stored(tmp_path: Path) -> None:
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_plan_needs_no_weights_and_counts_what_is_stored(
+    has_tiles: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(factory, "suits_tiles", lambda graph: has_tiles)
     checkpoint = open_checkpoint(write_tiny_checkpoint("llama", tmp_path))
     config = checkpoint.config
     exact = plan_cpu_memory(RuntimeConfig(tmp_path, dtype="float32"), checkpoint)
@@ -85,7 +89,7 @@ def test_plan_needs_no_weights_and_counts_what_is_stored(tmp_path: Path) -> None
     entries = 2 * config.vocab_size * hidden  # embeddings and output projection
     norms = (2 * layers + 1) * hidden
     assert exact.weight_bytes == 4 * (matrices + entries + norms)
-    copies = 2 if has_packed_product() else 1
+    copies = 2 if has_vnni() and not has_tiles else 1
     assert quantized.weight_bytes < exact.weight_bytes * copies / 3
     assert quantized.weight_bytes >= copies * matrices + entries
 
@@ -95,6 +99,7 @@ def test_a_second_copy_of_the_weights_takes_little_of_the_memory(
 ) -> None:
     checkpoint = open_checkpoint(write_tiny_checkpoint("llama", tmp_path))
     sizes = []
+    monkeypatch.setattr(factory, "suits_tiles", lambda graph: False)
     monkeypatch.setattr(factory, "available_memory", lambda: 1_000_000_000)
     for copy in (100_000_000, 100_000_001, 0):
         monkeypatch.setattr(factory, "packed_bytes", lambda graph, copy=copy: copy)

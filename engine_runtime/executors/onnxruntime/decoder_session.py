@@ -1,7 +1,8 @@
 """The decoder's graph compiled to sessions of ONNX Runtime, with its weights.
 
-One session multiplies with ONNX Runtime's own product. If asked for, a second one has the same nodes, but
-reads weights that are packed for steps of few tokens. Both give the same bits.
+One session has products of our own, over weights packed by us, and computes steps up to a number of tokens.
+Another one, for larger steps if there are any, multiplies with ONNX Runtime's product and reads the weights
+as that packs them. Both give the same bits.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ import numpy.typing as npt
 import onnx
 from onnx import TensorProto, helper
 
-from engine_runtime.executors.onnxruntime import packed_product as product
 from engine_runtime.executors.onnxruntime.decoder_graph import (
     HIDDEN,
     LAST_NORM,
@@ -29,6 +29,7 @@ from engine_runtime.executors.onnxruntime.decoder_graph import (
 from engine_runtime.executors.onnxruntime.node_states import OPERATORS, NodeStates
 from engine_runtime.executors.onnxruntime.operators import DOMAIN, compiled
 from engine_runtime.executors.onnxruntime.ort_session import OrtSession, external_initializer, packs_matrices
+from engine_runtime.executors.onnxruntime.packed_nodes import PackedNodes, packed_nodes
 from engine_runtime.executors.onnxruntime.packed_weights import PackedWeights, matrices_of
 from engine_runtime.executors.onnxruntime.quantization import quantize_weight
 from engine_runtime.executors.onnxruntime.step_record import TOKENS, StepRecord
@@ -55,7 +56,7 @@ class DecoderSession:
         max_sampled: int,
         max_len: int,
         num_threads: int,
-        max_narrow: int = 0,
+        max_packed: int = 0,
         progress: Callable[[str, int, int], None] | None = None,
         profile_prefix: Path | None = None,
     ) -> None:
@@ -64,8 +65,8 @@ class DecoderSession:
         Args:
             max_tokens, max_sampled: largest step.
             max_len: positions that the rotary tables cover.
-            max_narrow: steps of so many tokens at most read a second copy of the weights, made for them; 0
-            makes none, which is needed where ``packed_bytes`` of the graph is 0.
+            max_packed: steps of so many tokens at most read weights that are packed for our own products; 0
+            packs none, which is needed where ``packed_bytes`` of the graph is 0, and ``max_tokens`` all.
             progress: called with (what is being done, how much is done, how much there is).
 
         Raises:
@@ -86,29 +87,32 @@ class DecoderSession:
         self._profile_prefix = profile_prefix
 
         report = progress or (lambda what, done, total: None)
-        kernels = self._states.kernels(graph)
-        if max_narrow:
-            kernels.append(product.packed_product)
+        products = packed_nodes(graph) if max_packed else None
+        plain = graph.nodes if max_packed < max_tokens else []
+        kernels = self._states.kernels([*plain, *(products.nodes if products else [])])
         for i, kernel in enumerate(kernels):
             report("kernels", i, len(kernels))
             compiled(kernel)
         report("kernels", len(kernels), len(kernels))
-        nodes = self._states.nodes(graph)
         weights: dict[str, npt.NDArray[Any]] = {}
-        packed = PackedWeights(matrices_of(graph)) if max_narrow else None
+        packed = _Packed(PackedWeights(matrices_of(graph)), products) if products else None
         # Scales are inputs of the graph too, but come with their matrices.
         wanted = [(name, stored) for name, stored in graph.weights.items() if stored.form != "scale"]
         with ThreadPoolExecutor(num_threads) as threads:
-            loaded = threads.map(lambda item: _load(item[0], item[1], checkpoint, packed), wanted)
+            loaded = threads.map(
+                lambda item: _load(item[0], item[1], checkpoint, packed, is_plain=bool(plain)), wanted
+            )
             for i, arrays in enumerate(loaded):
                 weights.update(arrays)
                 report("weights", i + 1, len(wanted))
-        self._wide = _Compiled(self._compile(graph, nodes, weights))
         vectors = {name: array for name, array in weights.items() if array.ndim < 2}
-        self._narrow, self._max_narrow = self._wide, max_narrow
+        self._sessions: list[_Compiled] = []
         if packed is not None:
-            narrow_nodes = self._states.with_packed_products(graph, nodes, packed)
-            self._narrow = _Compiled(self._compile(graph, narrow_nodes, vectors))
+            nodes = self._states.nodes(graph, packed.products.nodes, packed.weights)
+            self._sessions.append(_Compiled(self._compile(graph, nodes, vectors), max_packed))
+        if plain:
+            nodes = self._states.nodes(graph, plain)
+            self._sessions.append(_Compiled(self._compile(graph, nodes, weights), max_tokens))
         self._kept = vectors if packs_matrices() else weights, packed  # read in place
         self._last_norm: npt.NDArray[np.float32] = weights[LAST_NORM]
 
@@ -122,7 +126,7 @@ class DecoderSession:
             OnnxRuntimeError: an operator failed.
         """
         num_tokens, num_sampled = int(self.record.words[TOKENS]), len(sampled_rows)
-        compiled_graph = self._narrow if num_tokens <= self._max_narrow else self._wide
+        compiled_graph = next(c for c in self._sessions if num_tokens <= c.max_tokens)
         session = compiled_graph.session
         if compiled_graph.bound != (num_tokens, num_sampled):
             session.bind_input(HIDDEN, self.hidden[:num_tokens])
@@ -140,8 +144,8 @@ class DecoderSession:
         return rows * factor * self._last_norm
 
     def close(self) -> None:
-        self._wide.session.close()
-        self._narrow.session.close()
+        for compiled_graph in self._sessions:
+            compiled_graph.session.close()
 
     def _compile(
         self, graph: DecoderGraph, nodes: list[onnx.NodeProto], weights: dict[str, npt.NDArray[Any]]
@@ -186,16 +190,24 @@ class DecoderSession:
 
 @dataclass
 class _Compiled:
-    """A session and the step that its buffers are bound for: (tokens, sampled rows)."""
+    """A session, the largest step for it, and the step that its buffers are bound for: (tokens, sampled
+    rows)."""
 
     session: OrtSession
+    max_tokens: int
     bound: tuple[int, int] = (-1, -1)
 
 
+@dataclass(frozen=True)
+class _Packed:
+    weights: PackedWeights
+    products: PackedNodes
+
+
 def _load(
-    name: str, stored: StoredWeight, checkpoint: Checkpoint, packed: PackedWeights | None
+    name: str, stored: StoredWeight, checkpoint: Checkpoint, packed: _Packed | None, *, is_plain: bool
 ) -> dict[str, npt.NDArray[Any]]:
-    """Reads a weight into its form; a quantized one comes with its scales, and is packed as well."""
+    """Reads a weight into its form; a quantized one comes with its scales, packed, ``is_plain``, or both."""
     weight = checkpoint.read_weight(stored.weight, layer=stored.layer, next_layer=stored.next_layer)
     values = np.ascontiguousarray(weight, np.float32)
     match stored.form:
@@ -206,5 +218,8 @@ def _load(
         case _:
             quantized, scale = quantize_weight(values, stored.rotation)
             if packed is not None:
-                packed.pack(name, quantized)
-            return {name: np.ascontiguousarray(quantized.T), f"{name}.scale": scale}
+                packed.weights.pack(name, quantized, is_gated=name in packed.products.gated)
+            result = {f"{name}.scale": scale}
+            if is_plain:
+                result[name] = np.ascontiguousarray(quantized.T)
+            return result

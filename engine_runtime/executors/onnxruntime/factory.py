@@ -16,7 +16,7 @@ from engine_runtime.executors.onnxruntime.decoder_graph import DecoderGraph, bui
 from engine_runtime.executors.onnxruntime.decoder_session import DecoderSession
 from engine_runtime.executors.onnxruntime.embedding import EmbeddingTable
 from engine_runtime.executors.onnxruntime.executor import OnnxRuntimeExecutor
-from engine_runtime.executors.onnxruntime.packed_weights import packed_bytes
+from engine_runtime.executors.onnxruntime.packed_weights import matrices_of, packed_bytes, suits_tiles
 from engine_runtime.executors.onnxruntime.quantization import fuse_quantized, quantize_matmuls
 from engine_runtime.kernels.cpu import (
     allocate_kv_cache,
@@ -35,8 +35,8 @@ from scheduler.messages import (
     SchedulerOutput,
 )
 
-_MAX_NARROW = 8  # tokens of a step up to which the packed weights are faster
-_PACKED_SHARE = 0.1  # of the memory that is available: what a second copy of the weights may take
+_MAX_NARROW = 8  # tokens of a step up to which the packed weights are faster without AMX
+_PACKED_SHARE = 0.1  # of the memory that is available: what packed weights may take as a second copy
 _KV_SHARE = 0.3  # of the memory that is available, unless the user says how much
 _DEFAULT_SEQS = 64
 _DEFAULT_BATCHED_TOKENS = 256
@@ -99,7 +99,7 @@ def create_cpu_executor(
         max_sampled=_max_rows(config),
         max_len=plan.max_model_len,
         num_threads=num_threads,
-        max_narrow=_MAX_NARROW if _packed_bytes(graph) else 0,
+        max_packed=_max_packed(config, graph),
         progress=report,
     )
     dtype = "int8" if is_quantized else "float32"
@@ -168,15 +168,21 @@ def _kv_dtype(graph: DecoderGraph) -> npt.DTypeLike:
     return np.float16 if _is_quantized(graph) and supports_float16() else np.float32
 
 
-def _packed_bytes(graph: DecoderGraph) -> int:
-    """What the copy of the weights for steps of few tokens takes; 0 if it is not worth its memory."""
+def _max_packed(config: RuntimeConfig, graph: DecoderGraph) -> int:
+    """Steps of so many tokens at most read packed weights; 0 where that copy is not worth its memory."""
     size = packed_bytes(graph)
-    return size if size <= available_memory() * _PACKED_SHARE else 0
+    if size and suits_tiles(graph):
+        return _max_tokens(config)
+    return _MAX_NARROW if 0 < size <= available_memory() * _PACKED_SHARE else 0
 
 
 def _plan(config: RuntimeConfig, checkpoint: Checkpoint, graph: DecoderGraph) -> MemoryPlan:
     model = checkpoint.config
-    stored = sum(weight.num_bytes for weight in graph.weights.values())
+    max_packed = _max_packed(config, graph)
+    names = set(graph.weights)
+    if max_packed >= _max_tokens(config):
+        names -= set(matrices_of(graph))
+    stored = sum(graph.weights[name].num_bytes for name in names)
     entries = model.vocab_size * model.hidden_size
     table = entries if _is_quantized(graph) else 4 * entries
     # A layer's buffers are reused by the next one.
@@ -184,8 +190,8 @@ def _plan(config: RuntimeConfig, checkpoint: Checkpoint, graph: DecoderGraph) ->
     activations = 4 * (_max_tokens(config) * widths + _max_rows(config) * model.vocab_size)
     available_bytes = available_memory()
     return make_plan(
-        weight_bytes=stored + table + _packed_bytes(graph),
-        load_bytes=stored,  # each matrix exists twice until the session has packed it
+        weight_bytes=stored + table + (packed_bytes(graph) if max_packed else 0),
+        load_bytes=stored,  # each exists twice until the session has packed it
         activation_bytes=activations,
         block_size=_block_size(config),
         block_bytes=model.num_hidden_layers

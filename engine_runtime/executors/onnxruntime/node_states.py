@@ -13,7 +13,7 @@ from onnx import helper
 from engine_runtime.executors.onnxruntime import attention_kernels as attention
 from engine_runtime.executors.onnxruntime import packed_product as product
 from engine_runtime.executors.onnxruntime import row_kernels
-from engine_runtime.executors.onnxruntime.decoder_graph import SAMPLED_ROWS, DecoderGraph, own_node
+from engine_runtime.executors.onnxruntime.decoder_graph import SAMPLED_ROWS, DecoderGraph
 from engine_runtime.executors.onnxruntime.operators import (
     ADDRESSES,
     DOMAIN,
@@ -21,6 +21,7 @@ from engine_runtime.executors.onnxruntime.operators import (
     OperatorTable,
     compiled,
 )
+from engine_runtime.executors.onnxruntime.packed_nodes import WEIGHT
 from engine_runtime.executors.onnxruntime.packed_weights import PackedWeights
 from engine_runtime.executors.onnxruntime.step_record import (
     NUM_TASKS,
@@ -51,7 +52,14 @@ OPERATORS = {
         Operator("AttentionFromSums", _SUMS, _FLOATS),
         Operator("AttentionFromSumsToRows", _SUMS, _ROWS),
         Operator("PackedProduct", (np.uint8,), (np.int32,)),
+        Operator("PackedProductFloats", (np.uint8, np.float32, np.float32), _FLOATS),
+        Operator("PackedProductSwiglu", (np.uint8, np.float32, np.float32), _FLOATS),
     )
+}
+PACKED_RESULTS = {
+    "PackedProduct": product.SUMS,
+    "PackedProductFloats": product.FLOATS,
+    "PackedProductSwiglu": product.SWIGLU,
 }
 ROW_KERNELS = {
     "QuantizeRows": row_kernels.quantize_rows,
@@ -86,57 +94,63 @@ class NodeStates:
         self._attention = np.empty((max_tokens, config.q_size), np.float32)
         self._scratch = _task_scratch(config, record.max_tasks)
 
-    def nodes(self, graph: DecoderGraph) -> list[onnx.NodeProto]:
-        """The nodes of a graph; those of ours select their state instead of naming attributes."""
-        nodes: list[onnx.NodeProto] = []
-        for original, rows in zip(graph.nodes, _rows_of(graph.nodes), strict=True):
+    def nodes(
+        self, graph: DecoderGraph, nodes: Sequence[onnx.NodeProto], packed: PackedWeights | None = None
+    ) -> list[onnx.NodeProto]:
+        """Nodes made from a graph; those of ours select their state instead of naming attributes.
+
+        Args:
+            packed: the matrices of packed products, if there are any.
+        """
+        matrices = [_text(node, WEIGHT) for node in nodes if node.op_type in PACKED_RESULTS]
+        following = dict(zip(matrices, [*matrices[1:], *matrices[:1]], strict=True))
+        result: list[onnx.NodeProto] = []
+        for original, rows in zip(nodes, _rows_of(nodes), strict=True):
             node = onnx.NodeProto()
             node.CopyFrom(original)
-            if node.domain == DOMAIN:
+            if node.op_type in PACKED_RESULTS and packed is not None:
+                matrix = _text(node, WEIGHT)
+                state = self._product_state(graph, node.op_type, matrix, following[matrix], packed, rows)
+            elif node.domain == DOMAIN:
                 attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-                del node.attribute[:]
                 state = self._node_state(node.op_type, attributes, rows)
+            if node.domain == DOMAIN:
+                del node.attribute[:]
                 node.attribute.append(helper.make_attribute("node", state))
-            nodes.append(node)
-        return nodes
-
-    def with_packed_products(
-        self, graph: DecoderGraph, nodes: list[onnx.NodeProto], packed: PackedWeights
-    ) -> list[onnx.NodeProto]:
-        """The same graph, with products that read packed weights. The other nodes share their states."""
-        result: list[onnx.NodeProto] = []
-        matrices = [node.input[1] for node in nodes if node.op_type == "MatMulInteger"]
-        following = dict(zip(matrices, [*matrices[1:], matrices[0]], strict=True))
-        for original, rows in zip(nodes, _rows_of(nodes), strict=True):
-            if original.op_type != "MatMulInteger":
-                result.append(original)
-                continue
-            x, name = original.input[:2]
-            num_inputs, num_outputs = graph.weights[name].shape
-            extra = np.zeros(product.NUM_EXTRA, np.int64)
-            first = product.WEIGHTS
-            extra[product.WEIGHTS - first] = packed.address(name)
-            extra[product.OUTPUTS - first] = num_outputs
-            extra[product.PARTS - first] = self._record.words[PRODUCT_TASKS]
-            after = following[name]
-            extra[product.NEXT - first :] = packed.address(after), *graph.weights[after].shape
-            state = self.table.add_node(
-                rows=rows,
-                kernels=[(compiled(product.packed_product).address, PRODUCT_TASKS)],
-                num_inputs=1,
-                output_columns=[num_outputs],
-                columns=num_inputs,
-                extra=extra.tolist(),
-            )
-            name = f"{original.name.rpartition('/')[0]}/PackedProduct"
-            result.append(own_node("PackedProduct", name, [x], list(original.output), node=state))
+            result.append(node)
         return result
 
-    def kernels(self, graph: DecoderGraph) -> list[Any]:
-        """What the graph needs compiled: seconds the first time, then read from numba's cache on disk."""
+    def _product_state(
+        self, graph: DecoderGraph, op_type: str, matrix: str, after: str, packed: PackedWeights, rows: int
+    ) -> int:
+        """``after`` is the matrix that the step multiplies with next."""
+        columns, outputs = graph.weights[matrix].shape
+        operator, result = OPERATORS[op_type], PACKED_RESULTS[op_type]
+        extra = np.zeros(product.NUM_EXTRA, np.int64)
+        first = product.WEIGHTS
+        extra[product.WEIGHTS - first] = packed.address(matrix)
+        extra[product.OUTPUTS - first] = outputs
+        extra[product.PARTS - first] = self._record.words[PRODUCT_TASKS]
+        extra[product.RESULT - first] = result
+        extra[product.LEAST_TILED - first] = product.least_tiled(columns)
+        extra[product.NEXT - first :] = packed.address(after), *graph.weights[after].shape
+        return self.table.add_node(
+            rows=rows,
+            kernels=[(compiled(product.packed_product).address, PRODUCT_TASKS)],
+            num_inputs=len(operator.inputs),
+            output_columns=[outputs // 2 if result == product.SWIGLU else outputs],
+            columns=columns,
+            scratch=(self._scratch.ctypes.data, self._scratch.strides[0]),
+            extra=extra.tolist(),
+        )
+
+    def kernels(self, nodes: Sequence[onnx.NodeProto]) -> list[Any]:
+        """What nodes need compiled: seconds the first time, then read from numba's cache on disk."""
         found: dict[Any, None] = {}
-        for op_type in sorted({node.op_type for node in graph.nodes if node.domain == DOMAIN}):
-            if op_type in ROW_KERNELS:
+        for op_type in sorted({node.op_type for node in nodes if node.domain == DOMAIN}):
+            if op_type in PACKED_RESULTS:
+                found[product.packed_product] = None
+            elif op_type in ROW_KERNELS:
                 found[ROW_KERNELS[op_type]] = None
             else:
                 found.update(dict.fromkeys(kernel for kernel, _ in self._attention_kernels(op_type)))
@@ -229,6 +243,10 @@ def _rows_of(nodes: Sequence[onnx.NodeProto]) -> list[int]:
     return result
 
 
+def _text(node: onnx.NodeProto, attribute: str) -> str:
+    return next(str(a.s, "utf-8") for a in node.attribute if a.name == attribute)
+
+
 def _output_columns(operator: Operator, columns: int) -> Sequence[int]:
     """A float output after quantized rows is their scale, one number a row."""
     result: list[int] = []
@@ -244,6 +262,7 @@ def _task_scratch(config: ModelConfig, max_tasks: int) -> npt.NDArray[np.uint8]:
         4 * config.intermediate_size,
         4 * config.hidden_size,
         4 * config.q_size,
+        product.SCRATCH_BYTES,
         attention.scratch_bytes(config.num_attention_heads, config.num_key_value_heads, value_dim),
     )
     return np.zeros((max_tasks, -(-size // 4096) * 4096), np.uint8)

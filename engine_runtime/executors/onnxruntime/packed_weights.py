@@ -2,7 +2,8 @@
 
     tile of 16 outputs = 16 offsets, int32 | for each 4 inputs: [16 outputs, 4 inputs], int8
 
-The offset is -128 times the sum of an output's weights, for the zero point of the uint8 rows.
+The tiles of a merged gate and up projection take turns, so that both halves of a product come together. The
+offset is -128 times the sum of an output's weights, for the zero point of the uint8 rows.
 """
 
 from __future__ import annotations
@@ -13,18 +14,25 @@ from collections.abc import Mapping
 import numpy as np
 import numpy.typing as npt
 
+from engine_runtime.executors.onnxruntime.amx_tiles import DEPTH as TILE_DEPTH
+from engine_runtime.executors.onnxruntime.amx_tiles import has_tiles
 from engine_runtime.executors.onnxruntime.decoder_graph import DecoderGraph
-from engine_runtime.executors.onnxruntime.packed_product import DEPTH, has_packed_product
 from engine_runtime.executors.onnxruntime.quantization import ZERO_POINT
+from engine_runtime.executors.onnxruntime.vnni_tiles import DEPTH, has_vnni
 from engine_runtime.kernels.cpu_simd import LANES
 
 
 def packed_bytes(graph: DecoderGraph) -> int:
     """Size of a graph's packed matrices; 0 where not all are int8, or the processor cannot multiply them."""
     matrices = matrices_of(graph)
-    if not has_packed_product() or any(graph.weights[name].form != "int8" for name in matrices):
+    if not has_vnni() or any(graph.weights[name].form != "int8" for name in matrices):
         return 0
     return sum(_size(*shape) for shape in matrices.values())
+
+
+def suits_tiles(graph: DecoderGraph) -> bool:
+    """Whether the packed product is the faster one for steps of any size."""
+    return has_tiles() and all(shape[0] % TILE_DEPTH == 0 for shape in matrices_of(graph).values())
 
 
 def matrices_of(graph: DecoderGraph) -> dict[str, tuple[int, ...]]:
@@ -55,9 +63,16 @@ class PackedWeights:
             memory.madvise(mmap.MADV_HUGEPAGE)
         self._bytes = np.frombuffer(memory, np.uint8)
 
-    def pack(self, name: str, weight: npt.NDArray[np.int8]) -> None:
-        """Puts a matrix, C-contiguous [out, in], into its place. Several threads may, one a matrix."""
+    def pack(self, name: str, weight: npt.NDArray[np.int8], *, is_gated: bool = False) -> None:
+        """Puts a matrix, C-contiguous [out, in], into its place. Several threads may, one a matrix.
+
+        Args:
+            is_gated: the first half of the outputs is gate, the second up.
+        """
         outputs, inputs = weight.shape
+        if is_gated:
+            halves = weight.reshape(2, -1, LANES, inputs)
+            weight = halves.swapaxes(0, 1).reshape(outputs, inputs)
         tiles = outputs // LANES
         place = self._bytes[self._places[name]].view(np.int32).reshape(tiles, -1, LANES)
         place[:, 0] = weight.sum(axis=1, dtype=np.int32).reshape(tiles, LANES) * -ZERO_POINT
