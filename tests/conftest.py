@@ -38,13 +38,18 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest first, so that no process works on one of them alone at the end.
+    """What takes long comes early, so that no process works on it alone at the end.
 
-    Those of the server mostly wait, so they come beside the end-to-end tests. Two processes that both compute
-    on all cores would slow each other down by half.
+    Models compute on all cores, and two processes that do so slow each other down by half. So they run beside
+    the server's tests, which mostly wait, and not beside the end-to-end tests.
     """
-    first = (_TOGETHER[0], "tests/server/", _TOGETHER[1], "tests/scheduler/")
-    items.sort(key=lambda item: [not item.nodeid.startswith(folder) for folder in first])
+    end_to_end, models = _TOGETHER
+
+    def place(item: pytest.Item) -> tuple[bool, ...]:
+        starts = item.nodeid.startswith
+        return not starts(end_to_end), starts("tests/server/"), starts(models)
+
+    items.sort(key=place)
 
 
 @pytest.fixture

@@ -52,8 +52,8 @@ def _run(
 
 
 def test_alone(smollm2_float32: Executor, recordings: list[Recording]) -> None:
-    # A step of one sequence reads all weights for one token: every eighth prompt, from 2 to 600 tokens.
-    for part in _parts(recordings, slice(1, None, 8), *(slice(i, None, 8) for i in (0, 2, 3, 4, 5, 6, 7))):
+    # A step of one sequence reads all weights for one token: every eighth prompt, from 5 to 600 tokens.
+    for part in _parts(recordings, *(slice(i, None, 8) for i in (3, 0, 1, 2, 4, 5, 6, 7))):
         for recording in part:
             _run(smollm2_float32, [recording])
 
@@ -65,12 +65,13 @@ def test_sixteen_at_a_time(smollm2_float32: Executor, recordings: list[Recording
 
 
 def test_chunked_at_32_tokens(smollm2_float32: Executor, recordings: list[Recording]) -> None:
-    for part in _parts(recordings, *(slice(i, None, 4) for i in (3, 0, 1, 2))):  # up to 1,500 tokens
+    # Five prompts, from 15 to 1,500 tokens.
+    for part in _parts(recordings, *(slice(i, None, 8) for i in (7, 0, 1, 2, 3, 4, 5, 6))):
         limited = Limited(smollm2_float32, max_num_seqs=8, max_num_batched_tokens=32)
         _run(limited, part)
         assert max(step.num_tokens for step in limited.steps) == 32
         chunks = [s for step in limited.steps for s in step.scheduled if not s.samples]
-        assert len(chunks) > 50
+        assert len(chunks) > sum(len(recording.prompt_token_ids) for recording in part) // 64
 
 
 def test_prefix_hits(smollm2_float32: Executor, recordings: list[Recording]) -> None:
