@@ -2,50 +2,48 @@
 
 from __future__ import annotations
 
-from bisect import bisect_right
-from collections import deque
 from collections.abc import Iterable
+from math import ceil, sqrt
 
+from scheduler.answer_lengths import AnswerLengths
 from scheduler.sequence import Sequence
 
-_NUM_LENGTHS = 64
-_FIRST_LENGTH = 128  # what is expected of answers before any has ended, in tokens
-_QUANTILE = 0.75  # of the answers that got as long as this one is: three of four ended before
+_NUM_TIMES = 64  # at most, at which the need is worked out
+_CAUTION = 2.5  # standard deviations; with 2 a preemption is three times as frequent
+_LAST_BLOCK_VARIANCE = 1 / 12  # of its filling: anything between empty and full is as likely
 
 
 class GrowthForecast:
-    """Expects of an answer what became of earlier ones that got as long, or all that it may have.
+    """Adds up, for the times to come, what those are going to hold who are still there.
 
-    All that run grow by a token a step. The blocks that they need on top are most just before one of them
-    ends, for what it held is free then. So the peak is found by going through their ends, the last one first:
+    All that run grow by a token a step; one that ends gives back what it held. Who cannot end by itself is
+    there until it has ``max_num_tokens``. Of the others each is there with the probability that an answer as
+    long as its own gets so much longer. The need is a sum of many, so its mean and variance say it all:
 
-        blocks   ______/|
-               _/       |__/|        one ends at each |, and gives back what it held
-              /             |___
+        blocks        ______
+                  ___/      \\___      mean and caution: its peak counts
+              ___/   ____       \\___
+             /  ____/    \\____       mean
     """
 
     def __init__(self, block_size: int) -> None:
         self._block_size = block_size
-        self._last = deque([_FIRST_LENGTH], maxlen=_NUM_LENGTHS)
-        self._sorted = [_FIRST_LENGTH]
+        self._lengths = AnswerLengths()
 
     def ended(self, sequence: Sequence) -> None:
-        num_generated = len(sequence.token_ids) - sequence.num_prompt_tokens
-        if num_generated:
-            self._last.append(num_generated)
-            self._sorted = sorted(self._last)
+        """To be told of every sequence that ends, however it does."""
+        self._lengths.ended(sequence)
 
-    def is_needed(self, num_free: int, num_running: int) -> bool:
-        """Whether so many free blocks may be too few for so many that run and one more."""
-        return num_free < (num_running + 1) * (self._sorted[-1] // self._block_size + 2)
-
-    def _expected(self, num_generated: int) -> int:
-        """Tokens that an answer will still get that has so many."""
-        lengths = self._sorted
-        first = bisect_right(lengths, num_generated)
-        if first == len(lengths):
-            return self._block_size
-        return lengths[first + int(_QUANTILE * (len(lengths) - first))] - num_generated
+    def is_needed(self, sequences: Iterable[Sequence], num_free: int) -> bool:
+        """Whether so many free blocks may be too few for all that these sequences may still get."""
+        longest, block_size = self._lengths.longest, self._block_size
+        num_blocks = 0
+        for sequence in sequences:
+            num_left = sequence.max_num_tokens - len(sequence.token_ids)
+            if num_left > longest and sequence.may_stop:
+                num_left = longest
+            num_blocks += num_left // block_size + 2
+        return num_blocks > num_free
 
     def peak(self, sequences: Iterable[Sequence], num_new_blocks: int) -> int:
         """Blocks that ``sequences`` will need at most on top of those that they hold.
@@ -54,25 +52,44 @@ class GrowthForecast:
             num_new_blocks: that the last of them, which runs not yet, gets for the tokens that it has.
         """
         block_size = self._block_size
-        # (steps to its end, blocks until then for tokens it has, blocks that are free after it)
-        lives: list[tuple[int, int, int]] = []
+        sequences = tuple(sequences)
+        ages = [len(s.token_ids) - s.num_prompt_tokens for s in sequences if s.may_stop]
+        unit = self._unit(sequences, ages)
+        survival = self._lengths.survival(ages, unit)
+        # By (age, time left) in units: how many, their blocks, the squares of these. Age -1: cannot stop.
+        groups: dict[tuple[int, int], tuple[int, float, float]] = {}
         num_held = 0
         for sequence in sequences:
             num_tokens = len(sequence.token_ids)
-            steps = self._expected(num_tokens - sequence.num_prompt_tokens)
-            steps = min(steps, sequence.max_num_tokens - num_tokens)
             if sequence.is_running:
-                num_blocks = -(-num_tokens // block_size) - len(sequence.block_ids)
-                num_own = len(sequence.block_ids) - sequence.num_cached_tokens // block_size
+                num_shared = sequence.num_cached_tokens // block_size
+                num_held += len(sequence.block_ids) - num_shared
+                num_blocks = num_tokens / block_size + 0.5 - num_shared
             else:
-                num_blocks, num_own = 0, num_new_blocks
-            lives.append((steps, num_blocks, num_own))
-            num_held += num_own
-        lives.sort(reverse=True)
-        most = num_blocks_so_far = num_held_so_far = 0
-        for count, (steps, num_blocks, num_own) in enumerate(lives, 1):
-            num_blocks_so_far += num_blocks
-            num_held_so_far += num_own
-            growth = num_blocks_so_far + count * -(-steps // block_size) - (num_held - num_held_so_far)
-            most = max(most, growth)
-        return most
+                num_held += num_new_blocks
+                num_blocks = num_new_blocks
+            age, left = -1, -((num_tokens - sequence.max_num_tokens) // unit)
+            if sequence.may_stop:
+                age = (num_tokens - sequence.num_prompt_tokens) // unit
+                left = min(left, len(survival) - age - 2)
+            count, blocks, squares = groups.get((age, left), (0, 0.0, 0.0))
+            groups[age, left] = count + 1, blocks + num_blocks, squares + num_blocks * num_blocks
+        num_times = 1 + max(left for _, left in groups)
+        means, variances = [0.0] * num_times, [0.0] * num_times
+        for (age, left), (count, blocks, squares) in groups.items():
+            for time in range(left + 1):
+                part = survival[age + time] / survival[age] if age >= 0 else 1.0
+                growth = time * unit // block_size
+                total = blocks + count * growth
+                means[time] += part * total
+                spread = squares + growth * (blocks + total)
+                variances[time] += part * ((1 - part) * spread + count * _LAST_BLOCK_VARIANCE)
+        most = max(mean + _CAUTION * sqrt(var) for mean, var in zip(means, variances, strict=True))
+        return max(0, ceil(most) - num_held)
+
+    def _unit(self, sequences: tuple[Sequence, ...], ages: list[int]) -> int:
+        """Tokens between two times: whole blocks, and few times until the last of them may end."""
+        lefts = [s.max_num_tokens - len(s.token_ids) for s in sequences if not s.may_stop]
+        if ages:
+            lefts.append(max(self._lengths.longest, *ages))
+        return self._block_size * -(-max(lefts) // (self._block_size * _NUM_TIMES))

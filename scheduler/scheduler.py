@@ -276,9 +276,12 @@ class Scheduler:
             num_later_blocks = pool.num_blocks_for(sequence.num_tokens) - len(hits) - num_blocks
             num_spare = num_later_blocks + len(running)
             # Who is alone is let in, whatever is expected of it: it must get on.
-            if running and self._forecast.is_needed(pool.num_free - num_spare, len(running)):
-                growth = self._forecast.peak((*running, sequence), num_blocks + num_later_blocks)
-                num_spare = max(num_spare, num_later_blocks + growth)
+            if running:
+                everybody = (*running, sequence)
+                num_own = num_blocks + num_later_blocks
+                if self._forecast.is_needed(everybody, pool.num_free - num_own):
+                    growth = self._forecast.peak(everybody, num_own)
+                    num_spare = max(num_spare, num_later_blocks + growth)
             block_ids = pool.allocate(num_blocks, hits, num_spare)
             if block_ids is None:
                 return

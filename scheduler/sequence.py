@@ -32,6 +32,7 @@ class Sequence:
         num_lost_tokens: computed tokens of a sequence that was preempted, until it is admitted again.
         is_running: holds blocks, and the executor knows it.
         has_grammar: the next token may be sampled only when the last one is known.
+        may_stop: it may end before it has ``max_num_tokens``, not counting that its client may go away.
     """
 
     __slots__ = (
@@ -45,6 +46,7 @@ class Sequence:
         "is_running",
         "lost_until_step",
         "max_num_tokens",
+        "may_stop",
         "min_num_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
@@ -89,6 +91,9 @@ class Sequence:
         self.is_running = False
         self.is_finished = False
         self.has_grammar = request.grammar is not None
+        self.may_stop = self.has_grammar or (
+            bool(self.stop_token_ids) and self.min_num_tokens < self.max_num_tokens
+        )
 
     def append(self, token_id: int) -> FinishReason | None:
         """Takes the token that a step sampled (``num_tokens`` counts it already); says if it is the last."""
