@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from scheduler.sequence import Sequence
 
 _NUM_LENGTHS = 64
-# What counts as the last answers before any has ended, since nobody knows of which order they are going to be.
+# What counts as the last answers before any has ended: nobody knows of which order they are going to be.
 # The shortest is the first to go: of answers that began together, those that end first are short.
 _FIRST_LENGTHS = (32, 64, 128, 256, 512, 1024)
 _ONE_GOES_AT = range(4, 4 * len(_FIRST_LENGTHS) + 1, 4)  # so many ended

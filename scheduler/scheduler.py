@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections import deque
 
+from scheduler.admission import Admission
 from scheduler.block_pool import BlockPool
 from scheduler.executor import OutOfDeviceMemoryError
 from scheduler.expected_blocks import ExpectedBlocks
 from scheduler.failed_steps import FailedSteps
 from scheduler.grammars import Grammars
-from scheduler.growth_forecast import GrowthForecast
 from scheduler.messages import (
     EngineOutput,
     EngineStats,
@@ -27,8 +27,6 @@ from scheduler.sequence import Sequence
 from scheduler.step import Step
 from scheduler.waiting_queue import WaitingQueue
 
-# So many of the queue are passed over, behind a prompt that is cut, by who fits beside it.
-_MAX_PASSED = 16
 # Tokens that a step has for each sequence: whoever leaves, after a step for each token of its answer, makes
 # place for a prompt that may be several times as long.
 _TOKENS_OF_ONE = 16
@@ -59,10 +57,12 @@ class Scheduler:
         self._pool = BlockPool(config.num_blocks, config.block_size, config.cache_seed)
         self._failed = FailedSteps(config.max_num_seqs)
         self._expected_blocks = ExpectedBlocks(self._pool)
-        self._forecast = GrowthForecast(config.block_size)
         self._waiting = WaitingQueue()
         # In order of admission. A prompt that is cut leaves a token of the budget for each behind it.
         self._running: list[Sequence] = []
+        self._admission = Admission(
+            self._pool, self._waiting, self._running, self._expected_blocks, self._failed
+        )
         self._sequences: dict[str, Sequence] = {}  # waiting and running
         self._in_flight: deque[list[Sequence]] = deque()
         self._released: list[str] = []  # to be told to the executor with the next step
@@ -157,9 +157,6 @@ class Scheduler:
             self._admit(step)
         self._extend_cut(step)
 
-    def _may_join(self, sequence: Sequence, step: Step) -> bool:
-        return self._failed.allows(sequence, step.shares, is_retry=step.is_retry)
-
     def _schedule_running(self, step: Step) -> None:
         block_size, failed = self._config.block_size, self._failed.limits
         num_behind = len(self._running)
@@ -169,7 +166,7 @@ class Scheduler:
                 return
             if not sequence.is_running:  # preempted a moment ago, for one before it
                 continue
-            if failed and not self._may_join(sequence, step):
+            if failed and not self._failed.allows(sequence, step.shares, is_retry=step.is_retry):
                 continue
             if sequence.num_tokens == sequence.max_num_tokens:  # its last token is in flight
                 continue
@@ -239,60 +236,16 @@ class Scheduler:
         self._waiting.add(sequence)
 
     def _admit(self, step: Step) -> None:
-        """Moves sequences from the queue into the step, in order, but for those whose prefix somebody else is
-        computing: it is computed once. Behind a prompt that is cut only those whose tokens all fit.
-
-        A sequence is admitted only if all its tokens would fit, with one block to spare for each running
-        sequence, or as many as they are expected to need: it would be the first to be preempted when one of
-        them grows, and its work lost.
-        """
-        pool, running, expected = self._pool, self._running, self._expected_blocks
-        position = num_passed = 0
-        while step.budget and position < len(self._waiting) and len(running) < self._failed.max_running:
-            sequence = self._waiting[position]
-            if expected.is_awaited(sequence):
-                position += 1
-                continue
-            if self._failed.limits and not self._may_join(sequence, step):
-                return
-            if sequence.resume_after_step > self._num_completed_steps or pool.num_free <= len(running):
-                return
-            max_hits = self._max_hits(sequence)
-            hits = self._match_prefix(sequence, max_hits)
-            if expected.is_next_of(sequence, len(hits), max_hits):
-                position += 1
-                continue
-            num_hits = len(hits) * pool.block_size
-            num_tokens = sequence.num_tokens - num_hits
-            if step.cut is None:
-                num_tokens = step.chunk(sequence, num_tokens, num_hits)
-            elif not step.fits(num_tokens, num_hits):
-                num_passed += 1
-                if num_passed == _MAX_PASSED:
-                    return
-                position += 1
-                continue
-            num_blocks = pool.num_blocks_for(num_hits + num_tokens) - len(hits)
-            num_later_blocks = pool.num_blocks_for(sequence.num_tokens) - len(hits) - num_blocks
-            num_spare = num_later_blocks + len(running)
-            # Who is alone is let in, whatever is expected of it: it must get on.
-            if running:
-                everybody = (*running, sequence)
-                num_own = num_blocks + num_later_blocks
-                if self._forecast.is_needed(everybody, pool.num_free - num_own):
-                    growth = self._forecast.peak(everybody, num_own)
-                    num_spare = max(num_spare, num_later_blocks + growth)
-            block_ids = pool.allocate(num_blocks, hits, num_spare)
-            if block_ids is None:
-                return
-            step.is_shared = step.cut not in (None, sequence)
+        for entry in self._admission.entries(step, self._num_completed_steps):
+            sequence, hits = entry.sequence, entry.hits
+            num_hits = len(hits) * self._pool.block_size
             self._waiting.remove(sequence)
-            running.append(sequence)
+            self._running.append(sequence)
             sequence.is_running = True
-            sequence.block_ids = hits + block_ids
+            sequence.block_ids = hits + entry.block_ids
             sequence.num_indexed_blocks = len(hits)
             sequence.num_computed_tokens = num_hits
-            expected.follow(sequence)
+            self._expected_blocks.follow(sequence)
             self._num_recomputed_tokens += max(sequence.num_lost_tokens - num_hits, 0)
             sequence.num_lost_tokens = 0
             if not sequence.first_scheduled_time:
@@ -307,19 +260,7 @@ class Scheduler:
                     sequence.request.params,
                 )
             )
-            self._take(sequence, num_tokens, tuple(block_ids), step)
-
-    def _max_hits(self, sequence: Sequence) -> int:
-        """Cached blocks at most. Never all tokens: the last is computed, to sample from it."""
-        if sequence.request.params.reads_whole_prompt:
-            return 0
-        return (sequence.num_tokens - 1) // self._config.block_size
-
-    def _match_prefix(self, sequence: Sequence, max_hits: int) -> list[int]:
-        """Cached blocks to start from."""
-        return self._pool.match_prefix(
-            sequence.block_keys, sequence.token_ids, sequence.request.cache_salt, max_hits
-        )
+            self._take(sequence, entry.num_tokens, tuple(entry.block_ids), step)
 
     def _note_first_admission(self, sequence: Sequence, num_hits: int) -> None:
         sequence.first_scheduled_time = time.monotonic()
@@ -450,7 +391,7 @@ class Scheduler:
         self._failed.limits.pop(sequence, None)
         if sequence.has_grammar:
             self._grammars.forget(sequence.request_id)
-        self._forecast.ended(sequence)
+        self._admission.ended(sequence)
         if sequence.is_running:
             self._leave_running(sequence)
         else:
@@ -504,23 +445,7 @@ class Scheduler:
         assert len(running) + len(waiting) == len(self._sequences), "a sequence is in two places"
         assert [s.order for s in waiting] == sorted(s.order for s in waiting), "the queue is out of order"
         assert len(self._in_flight) == self._num_issued_steps - self._num_completed_steps, "lost step"
-        for sequence in running:
-            assert sequence.is_running
-            assert not sequence.is_finished
-            assert sequence.num_computed_tokens < sequence.max_num_tokens, "the last token is computed"
-            assert sequence.num_computed_tokens <= sequence.num_tokens
-            num_blocks = self._pool.num_blocks_for(sequence.num_computed_tokens)
-            assert len(sequence.block_ids) == num_blocks, (
-                f"{sequence.request_id!r} has a wrong number of blocks"
-            )
-        for sequence in waiting:
-            assert not sequence.is_running
-            assert not sequence.is_finished
-            assert not sequence.block_ids
+        assert all(s.is_running for s in running), "who does not run is in the wrong place"
+        assert not any(s.is_running for s in waiting), "who runs is in the wrong place"
         for sequence in self._sequences.values():
-            num_pending = sequence.num_tokens - len(sequence.token_ids)
-            assert 0 <= num_pending <= len(self._in_flight), "tokens are expected from no step"
-            for position, key in enumerate(sequence.block_keys):
-                start = position * self._config.block_size
-                tokens = tuple(sequence.token_ids[start : start + self._config.block_size])
-                assert key.token_ids == tokens, f"{sequence.request_id!r} has a wrong key"
+            sequence.check_invariants(self._config.block_size, len(self._in_flight))

@@ -126,3 +126,17 @@ class Sequence:
     def add_prompt_logprobs(self, start: int, records: tuple[TokenLogprobs, ...]) -> None:
         """Takes the records of prompt tokens ``start + 1`` on; what a recomputation repeats is dropped."""
         self.prompt_logprobs.extend(records[len(self.prompt_logprobs) - start :])
+
+    def check_invariants(self, block_size: int, num_in_flight: int) -> None:
+        """Raises AssertionError if a sequence that has not ended contradicts itself."""
+        assert not self.is_finished
+        num_pending = self.num_tokens - len(self.token_ids)
+        assert 0 <= num_pending <= num_in_flight, "tokens are expected from no step"
+        assert self.num_computed_tokens < self.max_num_tokens, "the last token is computed"
+        assert self.num_computed_tokens <= self.num_tokens
+        assert len(self.block_ids) == -(-self.num_computed_tokens // block_size), (
+            f"{self.request_id!r} has a wrong number of blocks"
+        )
+        for position, key in enumerate(self.block_keys):
+            tokens = tuple(self.token_ids[position * block_size : (position + 1) * block_size])
+            assert key.token_ids == tokens, f"{self.request_id!r} has a wrong key"
