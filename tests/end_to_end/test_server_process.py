@@ -119,7 +119,7 @@ def test_streams_go_on_when_the_engine_dies(smollm2_path: Path) -> None:
             before = "".join(choice["text"] for choice in choices[:20])
             assert before
             assert whole.startswith(before)
-            assert len(text) > len(before) + 500
+            assert len(text) > len(before) + 100
         assert choices[-1]["finish_reason"] == "length"
         assert httpx.get(f"{server.url}/health/live").status_code == 200
         # To start again takes as long as to start, 3 s on an idle machine, however busy this one is.
