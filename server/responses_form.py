@@ -11,6 +11,7 @@ import msgspec
 from server.answer import Usage
 from server.choice import Choice
 from server.errors import ApiError
+from server.item_references import output_id
 from server.logprobs import chat_logprobs
 from server.parsing.deltas import (
     ContentDelta,
@@ -20,7 +21,7 @@ from server.parsing.deltas import (
     ToolCallEnd,
     ToolCallStart,
 )
-from server.responses_validation import ResponseCall, new_id
+from server.responses_validation import ResponseCall
 from server.tokenizer import Tokenizer
 
 _encode = msgspec.json.Encoder().encode
@@ -154,9 +155,12 @@ class ResponsesForm:
         number = b',"sequence_number":%d}\n\n' % (self._sequence_number - 1)
         return b"".join((before, item.before_delta, _encode(text), rest, number))
 
+    def _new_id(self, kind: str) -> str:
+        return output_id(kind, self._call.id, len(self._output))
+
     def _begin_message(self) -> bytes:
         item = {
-            "id": new_id("msg"),
+            "id": self._new_id("msg"),
             "type": "message",
             "status": "in_progress",
             "role": "assistant",
@@ -167,7 +171,7 @@ class ResponsesForm:
 
     def _begin_reasoning(self) -> bytes:
         item = {
-            "id": new_id("rs"),
+            "id": self._new_id("rs"),
             "type": "reasoning",
             "status": "in_progress",
             "summary": [],
@@ -177,7 +181,7 @@ class ResponsesForm:
 
     def _begin_call(self, start: ToolCallStart) -> bytes:
         item = {
-            "id": new_id("fc"),
+            "id": self._new_id("fc"),
             "type": "function_call",
             "status": "in_progress",
             "call_id": start.id,

@@ -23,7 +23,7 @@ _MAX_METADATA = 16
 _MAX_ID_CHARS = 256
 _MAX_TOOLS = 1024
 _PART_TYPES = ("input_text", "output_text", "text")
-_ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning")
+_ITEM_TYPES = ("message", "function_call", "function_call_output", "reasoning", "item_reference")
 
 
 def _known_part(value: Any) -> Any:
@@ -41,8 +41,8 @@ def _known_item(value: Any) -> Any:
     if isinstance(kind, str) and kind not in _ITEM_TYPES:
         raise PydanticCustomError(
             "unsupported_item_type",
-            "is not supported: this server takes items of type message, function_call, function_call_output "
-            "and reasoning only",
+            "is not supported: this server takes items of type message, function_call, function_call_output, "
+            "reasoning and item_reference only",
         )
     return value
 
@@ -130,11 +130,17 @@ class ReasoningItem(WireModel):
     status: str | None = None
 
 
+class ItemReference(WireModel):
+    type: Literal["item_reference"]
+    id: _Id
+
+
 Item = Annotated[
     Annotated[MessageItem, Tag("<message>")]
     | Annotated[FunctionCallItem, Tag("<function_call>")]
     | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")]
-    | Annotated[ReasoningItem, Tag("<reasoning>")],
+    | Annotated[ReasoningItem, Tag("<reasoning>")]
+    | Annotated[ItemReference, Tag("<item_reference>")],
     Discriminator(_tag_of_item, **expected("an item with a 'type'")),
     BeforeValidator(_known_item),
 ]

@@ -13,12 +13,14 @@ import msgspec
 from server.call import Call
 from server.conversation import Conversation, chat_request
 from server.errors import InvalidRequestError, UnsupportedParameterError, excerpt
+from server.item_references import with_referred
 from server.protocol import MAX_PROMPT_TOKENS, ChatCompletionRequest, WireModel
 from server.response_store import ResponseStore
 from server.responses_protocol import (
     AllowedTools,
     FunctionCallItem,
     FunctionCallOutputItem,
+    ItemReference,
     MessageItem,
     Part,
     ReasoningItem,
@@ -90,7 +92,8 @@ async def _chat(
 ) -> tuple[ChatCompletionRequest, list[dict[str, Any]]]:
     """The chat, and the items that it is made of."""
     _check(wire)
-    items = await _earlier_items(wire.previous_response_id, store, owner) + _items(wire)
+    items = await _earlier_items(wire.previous_response_id, store, owner)
+    items += await with_referred(_items(wire), store, owner)
     if not items:
         raise InvalidRequestError("'input' is empty: send text.", param="input", code="invalid_value")
     tools, choice = _tools(wire)
@@ -162,14 +165,18 @@ async def _earlier_items(response_id: str | None, store: ResponseStore, owner: s
 
 
 def _items(wire: ResponsesRequest) -> list[dict[str, Any]]:
-    """The input as the API shows it afterwards: each item with an id, texts in parts."""
+    """The input as the API shows it afterwards, but for references: each item with an id, texts in parts."""
     if isinstance(wire.input, str):
         return [_message("user", [{"type": "input_text", "text": wire.input}], None)]
     return [_item(item) for item in wire.input]
 
 
-def _item(item: MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem) -> dict[str, Any]:
+def _item(
+    item: MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem | ItemReference,
+) -> dict[str, Any]:
     match item:
+        case ItemReference():
+            return {"type": "item_reference", "id": item.id}
         case MessageItem():
             kind = "output_text" if item.role == "assistant" else "input_text"
             texts = [item.content] if isinstance(item.content, str) else [p.text for p in item.content]
@@ -179,7 +186,7 @@ def _item(item: MessageItem | FunctionCallItem | FunctionCallOutputItem | Reason
             return _message(item.role, parts, item.id)
         case FunctionCallItem():
             return {
-                "id": item.id or new_id("fc"),
+                "id": item.id or _new_id("fc"),
                 "type": "function_call",
                 "status": "completed",
                 "call_id": item.call_id,
@@ -188,7 +195,7 @@ def _item(item: MessageItem | FunctionCallItem | FunctionCallOutputItem | Reason
             }
         case FunctionCallOutputItem():
             return {
-                "id": item.id or new_id("fco"),
+                "id": item.id or _new_id("fco"),
                 "type": "function_call_output",
                 "status": "completed",
                 "call_id": item.call_id,
@@ -198,7 +205,7 @@ def _item(item: MessageItem | FunctionCallItem | FunctionCallOutputItem | Reason
             # A summary is all that some servers tell of it.
             parts_of_it = item.content or item.summary or []
             return {
-                "id": item.id or new_id("rs"),
+                "id": item.id or _new_id("rs"),
                 "type": "reasoning",
                 "summary": [],
                 "content": [{"type": "reasoning_text", "text": part.text} for part in parts_of_it],
@@ -207,7 +214,7 @@ def _item(item: MessageItem | FunctionCallItem | FunctionCallOutputItem | Reason
 
 def _message(role: str, parts: list[dict[str, Any]], item_id: str | None) -> dict[str, Any]:
     return {
-        "id": item_id or new_id("msg"),
+        "id": item_id or _new_id("msg"),
         "type": "message",
         "status": "completed",
         "role": role,
@@ -219,8 +226,8 @@ def _text(content: str | Sequence[Part]) -> str:
     return content if isinstance(content, str) else "\n".join(part.text for part in content)
 
 
-def new_id(kind: str) -> str:
-    """An id of an item that starts with its kind, as OpenAI's do."""
+def _new_id(kind: str) -> str:
+    """An id of an item of the input that starts with its kind, as OpenAI's do."""
     return f"{kind}_{uuid.uuid4().hex}"
 
 

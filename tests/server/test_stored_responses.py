@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import openai
 import pytest
@@ -54,6 +55,39 @@ async def test_a_conversation(tokenizer: Tokenizer) -> None:
         "previous_response_not_found",
         "previous_response_id",
     )
+
+
+async def test_items_that_are_only_named(tokenizer: Tokenizer) -> None:
+    """As the AI SDK sends what the server has said itself."""
+    engine = scripted_text(tokenizer, TEXT)
+    async with responses_client(engine, tokenizer) as client:
+        first = await client.responses.create(model=MODEL, input="A")
+        async with client.responses.stream(model=MODEL, input="B") as stream:
+            second = await stream.get_final_response()
+        asked: Any = [
+            {"role": "user", "content": "A"},
+            {"type": "item_reference", "id": first.output[0].id},
+            {"role": "user", "content": "B"},
+            {"type": "item_reference", "id": second.output[0].id},
+            {"role": "user", "content": "C"},
+        ]
+        third = await client.responses.create(model=MODEL, input=asked)
+        items = await client.responses.input_items.list(third.id, order="asc")
+        assert [item.type for item in items.data] == ["message"] * 5
+        with pytest.raises(openai.BadRequestError) as twice:
+            await client.responses.create(model=MODEL, input=[asked[1], asked[1]])
+        await client.responses.delete(first.id)
+        with pytest.raises(openai.BadRequestError) as gone:
+            await client.responses.create(model=MODEL, input=asked)
+        unknown: Any = [{"type": "item_reference", "id": f"{second.output[0].id}0"}]
+        with pytest.raises(openai.BadRequestError) as other:
+            await client.responses.create(model=MODEL, input=unknown)
+    chat = [{"role": "assistant" if t == TEXT else "user", "content": t} for t in ("A", TEXT, "B", TEXT, "C")]
+    assert list(engine.requests[2].prompt_token_ids) == tokenizer.encode_chat(chat)
+    assert len(engine.requests) == 3
+    assert (twice.value.code, twice.value.param) == ("invalid_value", "input[1].id")
+    assert (gone.value.code, gone.value.param) == ("item_not_found", "input[1].id")
+    assert other.value.code == "item_not_found"
 
 
 async def test_pages_of_items(tokenizer: Tokenizer) -> None:
