@@ -64,7 +64,8 @@ async def count_tokens(wire: PromptFields, validator: Validator) -> int:
 def _prompt_fields(wire: PromptFields) -> dict[str, Any]:
     fields: dict[str, Any] = {"model": wire.model, "messages": _messages(wire)}
     if wire.messages[-1].role == "assistant":
-        if fields["messages"][-1].get("content") is None or "tool_calls" in fields["messages"][-1]:
+        last = fields["messages"][-1] if fields["messages"] else {}  # thoughts that are redacted say nothing
+        if last.get("role") != "assistant" or last.get("content") is None or "tool_calls" in last:
             raise InvalidRequestError(
                 "The answer cannot go on from the last message: give its text, or the results of its calls.",
                 param=f"messages[{len(wire.messages) - 1}].content",

@@ -341,6 +341,9 @@ async def test_counting_needs_no_room(tokenizer: Tokenizer) -> None:
     assert counted.input_tokens == len(tokenizer.encode_chat(long))
 
 
+REDACTED = {"type": "redacted_thinking", "data": "abc"}
+
+
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
@@ -365,6 +368,11 @@ async def test_counting_needs_no_room(tokenizer: Tokenizer) -> None:
                     {"role": "assistant", "content": [{"type": "thinking", "thinking": "Hm."}]},
                 ]
             },
+            "cannot go on from the last message",
+        ),
+        ({"messages": [{"role": "assistant", "content": [REDACTED]}]}, "cannot go on from the last message"),
+        (
+            {"messages": [*HELLO, {"role": "assistant", "content": [REDACTED]}]},
             "cannot go on from the last message",
         ),
         ({"messages": [{"role": "user", "content": "\ud800"}]}, ""),
