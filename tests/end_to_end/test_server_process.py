@@ -101,7 +101,13 @@ def test_an_idle_server_sleeps(server: ServerProcess) -> None:
 def test_streams_go_on_when_the_engine_dies(smollm2_path: Path) -> None:
     with ServerProcess("--max-model-len", "512", "--served-model-name", "a,b") as server:
         old = server.engine_pid
-        body = LONG | {"model": "b", "max_tokens": 120, "seed": 5, "temperature": 0.7}
+        # A GPU would be done before the kill.
+        body = LONG | {
+            "model": "b",
+            "max_tokens": 120 if server.is_exact else 300,
+            "seed": 5,
+            "temperature": 0.7,
+        }
         undisturbed = httpx.post(f"{server.url}/v1/completions", json=body, timeout=60).json()
         with httpx.stream(
             "POST", f"{server.url}/v1/completions", json=body | {"stream": True}, timeout=120
@@ -119,7 +125,7 @@ def test_streams_go_on_when_the_engine_dies(smollm2_path: Path) -> None:
             before = "".join(choice["text"] for choice in choices[:20])
             assert before
             assert whole.startswith(before)
-            assert len(text) > len(before) + 100
+            assert len(text) > len(before) + 500
         assert choices[-1]["finish_reason"] == "length"
         assert httpx.get(f"{server.url}/health/live").status_code == 200
         # To start again takes as long as to start, 3 s on an idle machine, however busy this one is.
