@@ -39,7 +39,9 @@ PLAN = "plan_decode"
 
 
 def kernel_name(
-    kind: Literal["rope_cache", "prefill_attention", "prefill_hopper", "decode_attention", "decode_few"],
+    kind: Literal[
+        "rope_cache", "prefill_attention", "prefill_hopper", "decode_attention", "decode_few", "widen_cache"
+    ],
     dtype: KernelDType,
     kv_dtype: KvDType,
     head_dim: int,

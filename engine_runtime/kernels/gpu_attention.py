@@ -30,6 +30,7 @@ from engine_runtime.kernels.attention_layout import (
 )
 from engine_runtime.kernels.kernel_library import Kernel, KernelLibrary
 from engine_runtime.kernels.numpy_types import Int32Array
+from engine_runtime.kernels.widened_cache import LEAST_QUERIES, WidenedCache, Widening
 
 _LOG2_E = 1.4426950408889634
 _ALIGNMENT = 256
@@ -139,12 +140,16 @@ class PagedAttention:
         max_sequences: int,
         num_multiprocessors: int,
         windows: Sequence[int | None] = (None,),
+        num_widened_blocks: int = 0,
+        least_widened_queries: int = LEAST_QUERIES,
     ) -> None:
         """
         Args:
-            max_sequences: of one ``decode``.
+            max_sequences: of one step.
             num_multiprocessors: of the device.
             windows: the sliding windows that layers have; None: a layer without.
+            num_widened_blocks: room for contexts of an FP8 cache with 16 bits; used where that is faster.
+            least_widened_queries: see ``WidenedCache``.
 
         Raises:
             ValueError: a shape that no kernel is compiled for.
@@ -169,11 +174,22 @@ class PagedAttention:
         names = (shape.dtype, shape.kv_dtype, shape.head_dim)
         has_softcap = shape.softcap is not None
         self._rope_cache = library.get(kernel_name("rope_cache", *names))
-        hopper = kernel_name("prefill_hopper", *names, has_softcap)
-        self._is_hopper = hopper in library
-        self._prefill = library.get(
-            hopper if self._is_hopper else kernel_name("prefill_attention", *names, has_softcap)
+        hopper = kernel_name("prefill_hopper", shape.dtype, "same", shape.head_dim, has_softcap)
+        self._hopper = library.get(hopper) if hopper in library else None
+        self._is_hopper = self._hopper is not None and shape.kv_dtype == "same"
+        self._prefill = (
+            self._hopper
+            if self._hopper is not None and self._is_hopper
+            else library.get(kernel_name("prefill_attention", *names, has_softcap))
         )
+        self._widened: WidenedCache | None = None
+        if self._hopper is not None and shape.kv_dtype == "fp8" and num_widened_blocks:
+            self._widened = WidenedCache(
+                library, self._hopper,
+                dtype=shape.dtype, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
+                num_blocks=num_widened_blocks, max_sequences=max_sequences,
+                least_queries=least_widened_queries,
+            )  # fmt: skip
         self._many = _DecodeForm(
             library.get(kernel_name("decode_attention", *names, has_softcap)),
             shape, num_multiprocessors, is_alone=False,
@@ -198,6 +214,7 @@ class PagedAttention:
             "stats": units * 2 * DECODE_ROWS * 4,
             "arrivals": max_sequences * shape.num_kv_heads * 4,
             "plans": len(self._windows) * max_tiles * PLAN_FIELDS * 4,
+            **(self._widened.sizes if self._widened is not None else {}),
         }
         self._max_sequences = max_sequences
         self._plan_bytes = max_tiles * PLAN_FIELDS * 4
@@ -215,6 +232,8 @@ class PagedAttention:
         self._addresses = {name: address + offset for name, offset in self._offsets.items()}
         size = self._max_sequences * self.shape.num_kv_heads * 4
         stream.fill(self._addresses["arrivals"], 0, size)
+        if self._widened is not None:
+            self._widened.use_workspace(self._addresses["widened"], self._addresses["widened_tables"])
 
     def kv_layer(
         self, address: int, num_blocks: int, *, k_scale: float = 1.0, v_scale: float = 1.0
@@ -297,23 +316,38 @@ class PagedAttention:
     def prefill(
         self, stream: Stream, qkv: int, out: int, layer: GpuKvLayer, tiles: int, num_tiles: int,
         block_tables: int, table_stride: int, *, window: int | None = None, sinks: int = 0,
+        widening: Widening | None = None,
     ) -> None:  # fmt: skip
         """Attention of any number of tokens a sequence, whose keys and values are written.
 
         Args:
             tiles: device copy of ``prefill_tiles``; further ones that begin with -1 are skipped.
             block_tables: int32 [sequences, table_stride].
+            widening: of the sequences of the tiles; None: the cache is read as it is.
 
         The others as of ``decode``.
         """
+        prefill, cache, is_hopper = self._prefill, layer.prefill_cache, self._is_hopper
+        if widening is not None and self._widened is not None and self._hopper is not None:
+            self._widened.enqueue(stream, layer.address, block_tables, table_stride, widening, window or 0)
+            prefill, cache, is_hopper = self._hopper, self._widened.map, True
+            block_tables, table_stride = self._widened.tables, self._widened.table_stride
         common = self._common(layer, block_tables, table_stride, window, sinks)
         num_kv_heads = self.shape.num_kv_heads
-        if self._is_hopper:
+        if is_hopper:
             grid = (min(self._num_multiprocessors, num_tiles * num_kv_heads), 1, 1)
-            self._prefill.launch(grid, stream, qkv, *layer.prefill_cache, out, tiles, *common, num_tiles)
+            prefill.launch(grid, stream, qkv, *cache, out, tiles, *common, num_tiles)
         else:
             grid = (num_kv_heads, num_tiles, 1)
-            self._prefill.launch(grid, stream, qkv, *layer.prefill_cache, out, tiles, *common)
+            prefill.launch(grid, stream, qkv, *cache, out, tiles, *common)
+
+    def widened_starts(
+        self, query_start: Int32Array, context_len: Int32Array, first_sequence: int = 0
+    ) -> Int32Array:
+        """What ``Widening`` needs of a step, see ``WidenedCache.starts``; empty: no widening."""
+        if self._widened is None:
+            return np.empty(0, np.int32)
+        return self._widened.starts(query_start, context_len, first_sequence)
 
     def prefill_tiles(
         self, query_start: Int32Array, context_len: Int32Array, first_sequence: int = 0

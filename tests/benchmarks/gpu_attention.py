@@ -27,6 +27,7 @@ from engine_runtime.cuda import CudaDevice, Event, Stream, checked
 from engine_runtime.kernels.attention_layout import BLOCK_SIZE, KvDType
 from engine_runtime.kernels.gpu_attention import AttentionShape, DecodeBatch, GpuKvLayer, PagedAttention
 from engine_runtime.kernels.kernel_library import KernelLibrary
+from engine_runtime.kernels.widened_cache import Widening
 
 BANDWIDTH = 4.3e12
 CACHE_BYTES = 60e6
@@ -75,6 +76,7 @@ class Bench:
             self.shape,
             max_sequences=256,
             num_multiprocessors=device.properties.num_multiprocessors,
+            num_widened_blocks=16384 // BLOCK_SIZE + 8,
         )
         self.workspace = torch.empty(self.attention.workspace_bytes, dtype=torch.uint8, device="cuda")
         self.attention.use_workspace(self.workspace.data_ptr(), self.stream)
@@ -150,14 +152,19 @@ class Bench:
         qkv = torch.randn(num_tokens, self.shape.qkv_size, dtype=torch.bfloat16, device="cuda")
         out = torch.empty(num_tokens, HEADS * HEAD_DIM, dtype=torch.bfloat16, device="cuda")
         starts = np.arange(batch + 1, dtype=np.int32) * length
-        host_tiles = self.attention.prefill_tiles(starts, np.full(batch, length + cached, np.int32))
+        contexts = np.full(batch, length + cached, np.int32)
+        host_tiles = self.attention.prefill_tiles(starts, contexts)
         tiles = torch.from_numpy(host_tiles).cuda()
+        widened_starts = self.attention.widened_starts(starts, contexts)
+        arrays = [torch.from_numpy(array).cuda() for array in (widened_starts, starts, contexts)]
+        addresses = [array.data_ptr() for array in arrays]
+        widening = Widening(0, batch, tables.shape[1], *addresses) if len(widened_starts) else None
 
         def enqueue() -> None:
             for layer in layers:
                 self.attention.prefill(
                     self.stream, qkv.data_ptr(), out.data_ptr(), layer, tiles.data_ptr(), len(host_tiles),
-                    tables.data_ptr(), tables.shape[1],
+                    tables.data_ptr(), tables.shape[1], widening=widening,
                 )  # fmt: skip
 
         return time_graph(self.stream, enqueue) / len(layers)

@@ -76,6 +76,15 @@ def check(
     def check(case: AttentionCase) -> None:
         attention = make_attention(library, case, device.properties.num_multiprocessors)
         case.check(attention, memory, num_plans=3)
+        if case.shape.kv_dtype == "fp8" and case.num_decode < len(case.sequences):
+            check_widened(case)
+
+    def check_widened(case: AttentionCase) -> None:
+        attention = make_attention(library, case, device.properties.num_multiprocessors, case.num_blocks)
+        case.check(attention, memory, num_plans=3)
+        has_reader = device.properties.compute_capability == (9, 0) and case.shape.head_dim <= 128
+        has_context = case.context_len[case.num_decode :].any()
+        assert case.is_widened == bool(has_reader and has_context)
 
     return check
 

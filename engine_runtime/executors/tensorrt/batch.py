@@ -53,6 +53,7 @@ class StepInputs:
             "context_len": 4 * max_num_seqs,
             "rows": 4 * max_rows,
             "tiles": 16 * max_tiles,
+            "widened_starts": 4 * max_num_seqs,
             "token_ids": 4 * max_tokens,
             "positions": 4 * max_tokens,
             "slots": 4 * max_tokens,
@@ -133,6 +134,8 @@ class StepShape:
         num_rows: of logits, a bucket.
         is_decode: every sequence has one token and samples, so that rows and tokens are the same.
         num_pieces: of sequences whose final hidden states are added up; none with ``is_decode``.
+        num_widened, most_widened_blocks: the other sequences if their contexts are widened, and the blocks of
+            the longest; see ``Widening``.
     """
 
     num_tokens: int
@@ -141,6 +144,8 @@ class StepShape:
     num_rows: int
     is_decode: bool
     num_pieces: int = 0
+    num_widened: int = 0
+    most_widened_blocks: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +200,11 @@ class DeviceBatch(SequenceTable):
         decode_buckets: Buckets,
         token_buckets: Buckets,
         tiles: Callable[[Int32Array, Int32Array, int], Int32Array],
+        widened_starts: Callable[[Int32Array, Int32Array, int], Int32Array],
     ) -> None:
         """
         Args:
-            tiles: ``PagedAttention.prefill_tiles``.
+            tiles, widened_starts: ``prefill_tiles`` and ``widened_starts`` of ``PagedAttention``.
         """
         super().__init__(max_rows)
         self._inputs = inputs
@@ -206,6 +212,7 @@ class DeviceBatch(SequenceTable):
         self._decode_buckets = decode_buckets
         self._token_buckets = token_buckets
         self._tiles = tiles
+        self._widened_starts = widened_starts
         self.slots: dict[str, int] = {}
         self.pools: dict[str, PromptPool] = {}
         self._free = list(range(max_slots))
@@ -289,6 +296,8 @@ class DeviceBatch(SequenceTable):
         num_decodes = int((lengths == 1).sum())
         tiles = self._tiles(query_start[: num_sequences + 1], stops, num_decodes)
         self._inputs["tiles"][: tiles.size] = tiles.reshape(-1)
+        widened = self._widened_starts(query_start[: num_sequences + 1], stops, num_decodes)
+        self._inputs["widened_starts"][: len(widened)] = widened
         pieces = self._arrange_pieces(ordered, query_start) if self.pools else []
         shape = StepShape(
             num_tokens=self._token_buckets.choose(num_tokens),
@@ -297,6 +306,8 @@ class DeviceBatch(SequenceTable):
             num_rows=num_rows,
             is_decode=False,
             num_pieces=len(pieces),
+            num_widened=len(widened),
+            most_widened_blocks=-(-int(stops[num_decodes:].max()) // self._block_size) if len(widened) else 0,
         )
         self._pad_tokens(num_tokens, shape.num_tokens)
         return ArrangedRun(

@@ -19,6 +19,7 @@ from engine_runtime.kernels.gpu_pooling import GpuPooling, most_pieces
 from engine_runtime.kernels.gpu_sampling import GpuSampler
 from engine_runtime.kernels.kernel_library import KernelLibrary
 from engine_runtime.kernels.sampling_rows import SamplingPath
+from engine_runtime.kernels.widened_cache import Widening
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.segment import DType, SegmentKind
 from engine_runtime.rope import RopeConfig, rope_tables
@@ -264,7 +265,18 @@ class DeviceDecoder:
             attention.prefill(
                 stream, at["qkv"], at["attention"], cache, inputs.address("tiles"), shape.num_tiles,
                 inputs.block_tables_address, inputs.table_stride, window=layer.sliding_window,
+                widening=self._widening(shape),
             )  # fmt: skip
+
+    def _widening(self, shape: StepShape) -> Widening | None:
+        if not shape.num_widened:
+            return None
+        starts, query_start, context_len = (
+            self._inputs.address(name) for name in ("widened_starts", "query_start", "context_len")
+        )
+        return Widening(
+            shape.num_decodes, shape.num_widened, shape.most_widened_blocks, starts, query_start, context_len
+        )
 
     def _body(self, num_tokens: int) -> list[BoundSegment]:
         """The segments before each attention."""

@@ -42,6 +42,7 @@ _ATTENTION_SLOWNESS = 1.6  # 650 TFLOP/s of products and 400 of attention to a p
 _LEAST_ROWS = 64  # of logits in one run; prompts with logprobs need one a token
 _GRAPHS_AND_CODE_BYTES = 256 << 20
 _KV_ATTEMPTS = 4
+_WIDENED_STEPS, _WIDENED_SHARE = 4, 1 / 64
 _DTYPE: Literal["bf16"] = "bf16"
 
 
@@ -158,6 +159,12 @@ def _create(
             max_sequences=max_rows,
             num_multiprocessors=device.properties.num_multiprocessors,
             windows=[layer.sliding_window for layer in model.layers],
+            num_widened_blocks=_widened_blocks(
+                shape,
+                config.max_model_len or model.max_position_embeddings,
+                max_tokens,
+                device.properties.total_memory,
+            ),
         )
     except ValueError as error:
         raise UnsupportedDeviceError(f"{error} (--device cpu does without)") from error
@@ -243,6 +250,7 @@ def _create(
         decode_buckets=rows,
         token_buckets=tokens,
         tiles=attention.prefill_tiles,
+        widened_starts=attention.widened_starts,
     )
     fingerprint = "random" if checkpoint is None else checkpoint.fingerprint
     kinds = ["bfloat16"]
@@ -268,6 +276,15 @@ def _create(
     _warm_up(executor)
     report("first step", 1, 1)
     return executor, plan
+
+
+def _widened_blocks(shape: AttentionShape, longest: int, max_tokens: int, total_memory: int) -> int:
+    """For contexts of an FP8 cache with 16 bits: one sequence of any length, or some steps of prompts, in a
+    small share of the GPU's memory."""
+    if shape.kv_dtype != "fp8":
+        return 0
+    wanted = -(-max(longest, _WIDENED_STEPS * max_tokens) // BLOCK_SIZE)
+    return min(wanted, int(total_memory * _WIDENED_SHARE) // (2 * shape.kv_block_bytes))
 
 
 def _length_bytes(model: ModelConfig, max_len: int, max_rows: int) -> int:

@@ -182,6 +182,7 @@ def interpreted_executor(checkpoint: Checkpoint) -> TensorRTExecutor:
         decode_buckets=Buckets(decode_buckets(_MAX_SEQS)),
         token_buckets=Buckets((8, _MAX_TOKENS)),
         tiles=attention.prefill_tiles,
+        widened_starts=attention.widened_starts,
     )
     spec = ExecutorSpec(
         model_id="interpreted",

@@ -40,6 +40,7 @@ class PlainInputs:
                 "positions",
                 "slots",
                 "pieces",
+                "widened_starts",
             )
         }
         self.block_tables = np.full((8, _BLOCKS), _POISON, np.int32)
@@ -58,6 +59,12 @@ def _tiles(query_start: Int32Array, context_len: Int32Array, first: int) -> Int3
     return np.array(rows, np.int32).reshape(-1, 4)
 
 
+def _widened_starts(query_start: Int32Array, context_len: Int32Array, first: int) -> Int32Array:
+    """Only for sequences of more than ten tokens."""
+    blocks = -(-context_len[first:] // _BLOCK)
+    return np.cumsum(blocks, dtype=np.int32) - blocks if context_len.max() > 10 else blocks[:0]
+
+
 def _batch() -> tuple[DeviceBatch, PlainInputs]:
     inputs = PlainInputs()
     batch = DeviceBatch(
@@ -68,6 +75,7 @@ def _batch() -> tuple[DeviceBatch, PlainInputs]:
         decode_buckets=Buckets((1, 2, 4, 8)),
         token_buckets=Buckets((8, 16, 32)),
         tiles=_tiles,
+        widened_starts=_widened_starts,
     )
     return batch, inputs
 
@@ -90,6 +98,22 @@ def _step(
     for share in arranged.sampling:
         share.state.token_ids.extend((-1 - batch.slot(share.state),))
     return arranged
+
+
+def test_sequences_whose_contexts_are_widened() -> None:
+    batch, inputs = _batch()
+    arranged = _step(
+        batch,
+        ScheduledSequence("a", 8, 1, (6,), True),
+        ScheduledSequence("bb", 4, 2, (5,), False),
+        ScheduledSequence("ccc", 0, 11, (1, 3, 4), False),
+        new=(_new("a", 9, 0, 7), _new("bb", 9, 2), _new("ccc", 12)),
+    )
+    assert arranged.shape == StepShape(
+        num_tokens=16, num_decodes=1, num_tiles=2, num_rows=1, is_decode=False,
+        num_widened=2, most_widened_blocks=3,
+    )  # fmt: skip
+    assert inputs["widened_starts"][:2].tolist() == [0, 2]
 
 
 def test_prompts_then_decode() -> None:

@@ -16,6 +16,7 @@ import numpy.typing as npt
 from engine_runtime.kernels import reference
 from engine_runtime.kernels.attention_layout import BLOCK_SIZE
 from engine_runtime.kernels.gpu_attention import AttentionShape, DecodeBatch, PagedAttention
+from engine_runtime.kernels.widened_cache import Widening
 
 Array = npt.NDArray[Any]
 NUMPY_TYPES: dict[str, Any] = {"bf16": ml_dtypes.bfloat16, "fp16": np.float16, "fp8": ml_dtypes.float8_e4m3fn}
@@ -48,6 +49,7 @@ class AttentionCase:
         is_exact: nothing is rotated, and keys and values need no rounding to be cached.
         expected: float64 [num_tokens, num_heads * head_dim].
         expected_cache: float64 [num_blocks, 2, num_kv_heads, block_size, head_dim], scales applied.
+        is_widened: whether the last ``run`` widened contexts.
     """
 
     shape: AttentionShape
@@ -64,6 +66,7 @@ class AttentionCase:
     cache: Array = field(init=False)
     expected: Array = field(init=False)
     expected_cache: Array = field(init=False)
+    is_widened: bool = field(init=False, default=False)
 
     def __post_init__(self) -> None:
         shape = self.shape
@@ -158,6 +161,14 @@ class AttentionCase:
         padded_tiles = np.concatenate([tiles, np.full((2, tiles.shape[1]), -1, np.int32)])
         tiles_address = memory.put(padded_tiles)
         batch = DecodeBatch(self.num_decode, query_start, context_len, tables, table_stride)
+        starts = attention.widened_starts(self.query_start, self.context_len, self.num_decode)
+        self.is_widened = len(starts) > 0
+        widening = None
+        if self.is_widened:
+            most_blocks = -(-int(self.context_len[self.num_decode :].max()) // BLOCK_SIZE)
+            widening = Widening(
+                self.num_decode, len(starts), most_blocks, memory.put(starts), query_start, context_len
+            )
         for _ in range(num_plans):
             out_address = memory.put(out)
             qkv = memory.put(self.qkv)
@@ -168,7 +179,7 @@ class AttentionCase:
             if self.num_decode < len(self.sequences):
                 attention.prefill(
                     stream, qkv, out_address, layer, tiles_address, len(padded_tiles), tables, table_stride,
-                    window=self.window, sinks=sinks,
+                    window=self.window, sinks=sinks, widening=widening,
                 )  # fmt: skip
         result = memory.get(out_address, out).astype(np.float64)
         scales = np.array([self.k_scale, self.v_scale])[:, None, None, None]
@@ -239,11 +250,15 @@ def random_case(seed: int, **fixed: Any) -> AttentionCase:
     )
 
 
-def make_attention(library: Any, case: AttentionCase, num_multiprocessors: int) -> PagedAttention:
+def make_attention(
+    library: Any, case: AttentionCase, num_multiprocessors: int, num_widened_blocks: int = 0
+) -> PagedAttention:
     return PagedAttention(
         library,
         case.shape,
         max_sequences=max(1, len(case.sequences)),
         num_multiprocessors=num_multiprocessors,
         windows=(None, case.window),
+        num_widened_blocks=num_widened_blocks,
+        least_widened_queries=1,
     )

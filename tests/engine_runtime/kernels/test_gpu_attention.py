@@ -44,15 +44,16 @@ class Untouched:
         return Kernel()
 
 
-def attention(**changes: Any) -> PagedAttention:
+def attention(num_widened_blocks: int = 0, **changes: Any) -> PagedAttention:
     values: dict[str, Any] = {
         "num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
         "dtype": "bf16", "kv_dtype": "same", "scale": 1.0,
     }  # fmt: skip
     library: Any = Untouched()
     return PagedAttention(
-        library, AttentionShape(**(values | changes)), max_sequences=256, num_multiprocessors=132
-    )
+        library, AttentionShape(**(values | changes)), max_sequences=256, num_multiprocessors=132,
+        num_widened_blocks=num_widened_blocks,
+    )  # fmt: skip
 
 
 def test_tiles_cover_each_token_once_and_start_with_the_longest() -> None:
@@ -72,6 +73,25 @@ def test_tiles_cover_each_token_once_and_start_with_the_longest() -> None:
     assert (np.diff(tiles[:, 3]) <= 0).all()
     assert len(tiles) <= attention().max_prefill_tiles(134, 4)
     assert attention().prefill_tiles(query_start[:3], context_len[:2], 2).shape == (0, 4)
+
+
+def test_contexts_are_widened_where_they_fit_and_many_queries_read_them() -> None:
+    def starts(contexts: list[int], counts: list[int], first: int = 1, **changes: Any) -> list[int]:
+        query_start = np.concatenate([[0], np.cumsum(counts)]).astype(np.int32)
+        made = attention(**({"num_widened_blocks": 40, "kv_dtype": "fp8"} | changes))
+        return made.widened_starts(query_start, np.array(contexts, np.int32), first).tolist()
+
+    long = 5000  # a decode, which comes first and is not asked about
+    assert starts([long, 300, 1, 64, 2000], [1, 200, 1, 64, 900]) == [0, 5, 6, 7]
+    assert starts([long, 40 * 64], [1, 200]) == [0]
+    assert starts([long, 40 * 64 + 1], [1, 200]) == []  # too long
+    assert starts([long, 2000, 100], [1, 127, 100]) == []  # too few queries
+    assert starts([long, 2000, 200], [1, 127, 200]) == [0, 32]
+    assert starts([long], [1]) == []
+    assert starts([0, 0], [1, 30]) == []  # padding
+    assert starts([long, 300], [1, 300], kv_dtype="same") == []
+    few = attention(kv_dtype="fp8").widened_starts(np.array([0, 9], np.int32), np.array([9], np.int32))
+    assert few.tolist() == []
 
 
 def test_the_cache_takes_what_the_scheduler_is_told() -> None:
@@ -181,6 +201,35 @@ class TestInterpreted:
             covered[sequence] = last
         assert covered == dict(enumerate(contexts.tolist()))
         assert window or any(tile[4] > 1 for tile in used)
+
+    @pytest.mark.parametrize("window", [0, 90])
+    @pytest.mark.parametrize("head_dim", [80, 128])
+    def test_contexts_are_widened(self, head_dim: int, window: int) -> None:
+        from engine_runtime.kernels.triton.widen_cache import SPECS
+        from tests.engine_runtime.kernels.interpreted_kernels import HostMemory, InterpretedLibrary
+
+        memory, rng = HostMemory(), np.random.default_rng(0)
+        cache = rng.standard_normal((9, 2, 2, BLOCK_SIZE, head_dim)).astype(ml_dtypes.float8_e4m3fn)
+        contexts, counts, starts = [700, 65, 0, 300], [1, 2, 1, 100], [0, 2, 2]
+        tables = np.full((4, 6), 2**30, np.int32)
+        tables[1, :2], tables[3, :5] = [8, 0], [3, 1, 7, 2, 5]
+        widened = np.full((7, *cache.shape[1:]), 77, ml_dtypes.bfloat16)
+        widened_tables = np.full((4, 7), -1, np.int32)
+        addresses = [memory.put(array) for array in (cache, widened, widened_tables)]
+        query_start = np.concatenate([[0], np.cumsum(counts)])
+        addresses += [memory.put(np.array(array, np.int32)) for array in (starts, query_start, contexts)]
+        kernel = InterpretedLibrary(SPECS, 90).get(f"widen_cache_bf16_fp8_d{head_dim}")
+        kernel.launch((5, 3, 4), memory.stream, *addresses, memory.put(tables), 1, window, 2, 6, 7)
+        # Row 200 of the last sequence sees no key before 111 through the window: block 0 is left out.
+        left_out = 1 if window else 0
+        expected = np.full(widened_tables.shape, -1, np.int32)
+        expected[1, :2], expected[3, left_out:5] = [0, 1], np.arange(2 + left_out, 7)
+        np.testing.assert_array_equal(memory.get(addresses[2], widened_tables), expected)
+        want = widened.astype(np.float32)
+        for sequence in (1, 3):
+            for block in np.flatnonzero(expected[sequence] >= 0):
+                want[expected[sequence, block]] = cache[tables[sequence, block]].astype(np.float32)
+        np.testing.assert_array_equal(memory.get(addresses[1], widened).astype(np.float32), want)
 
     @pytest.mark.parametrize("num_multiprocessors", [1, 16])  # for many sequences, and for few
     def test_decoding_alone_is_split(self, num_multiprocessors: int) -> None:
