@@ -76,7 +76,7 @@ class Bench:
             self.shape,
             max_sequences=256,
             num_multiprocessors=device.properties.num_multiprocessors,
-            num_widened_blocks=16384 // BLOCK_SIZE + 8,
+            num_widened_blocks=20480 // BLOCK_SIZE,
         )
         self.workspace = torch.empty(self.attention.workspace_bytes, dtype=torch.uint8, device="cuda")
         self.attention.use_workspace(self.workspace.data_ptr(), self.stream)
