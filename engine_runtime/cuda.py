@@ -1,7 +1,8 @@
 """The few things that the runtime asks of CUDA's driver: memory, streams, events, through ``cuda-bindings``.
 
-All calls are made by one thread, the one that opened the device. A failed call that leaves the context
-unusable ("poisoned") fails every later one too; see ``CudaError.is_fatal``.
+Calls are made by the thread that opened the device; weights are loaded and engines are built by further ones,
+which make it current first. A failed call that leaves the context unusable ("poisoned") fails every later one
+too; see ``CudaError.is_fatal``.
 
 Source of the calls' meaning: the CUDA Driver API reference.
 """

@@ -12,6 +12,7 @@ from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.segment import WeightInput
 from engine_runtime.weights.errors import CheckpointError
 from engine_runtime.weights.expected_tensors import EMBEDDING, LM_HEAD, expected_tensors
+from engine_runtime.weights.file_tensor import FileTensor
 from engine_runtime.weights.fp8_tensor import Fp8Tensor
 from engine_runtime.weights.gguf_tensors import GgufTensors
 from engine_runtime.weights.hf_folder import PICKLE_SUFFIXES, HfFolder
@@ -77,6 +78,16 @@ class Checkpoint:
             CheckpointError: a factor is not a finite number.
         """
         return self._source.read_fp8(self._stored_name(name))
+
+    def in_file(self, name: str) -> FileTensor | None:
+        """The values of ``read`` as their file holds them, readable until ``close``; None if it does not.
+
+        Of a tensor in E4M3 it is the values of ``read_fp8``. May be called from several threads.
+
+        Raises:
+            CheckpointError: its type is not supported.
+        """
+        return self._source.in_file(self._stored_name(name))
 
     def read_weight(
         self, weight: WeightInput, *, layer: int | None = None, next_layer: int | None = None

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from engine_runtime.model_config import ConfigError, ModelConfig
 from engine_runtime.weights.errors import CheckpointError
+from engine_runtime.weights.file_tensor import FileTensor
 from engine_runtime.weights.fp8_tensor import Fp8Tensor
 from engine_runtime.weights.gguf_config import read_gguf_config
 from engine_runtime.weights.gguf_file import GgufFile, GgufTensor
@@ -106,6 +107,9 @@ class GgufTensors:
         tensor = self._read_stored(self._tensors[name])
         num_heads = self._permuted.get(name.split(".")[-2])
         return tensor if num_heads is None else _unpermute(tensor, num_heads)
+
+    def in_file(self, name: str) -> FileTensor | None:
+        return None
 
     def read_fp8(self, name: str) -> Fp8Tensor:
         raise KeyError(name)  # no type of GGUF is E4M3

@@ -14,6 +14,7 @@ from engine_runtime.model_config import ConfigError, ModelConfig
 from engine_runtime.weights.config_fields import ConfigFields
 from engine_runtime.weights.errors import CheckpointError
 from engine_runtime.weights.expected_tensors import is_norm
+from engine_runtime.weights.file_tensor import FileTensor
 from engine_runtime.weights.fp8_tensor import Fp8Tensor, is_scale_shape
 from engine_runtime.weights.hf_config import read_hf_config
 from engine_runtime.weights.quantization_config import check_modelopt
@@ -83,9 +84,15 @@ class HfFolder:
         if name in self.fp8_names:
             return self.read_fp8(name).dequantized()
         tensor = self._read_stored(name)
-        if self.config.architecture == "gemma3" and is_norm(name):
+        if self._is_difference(name):
             return tensor.astype(np.float32) + np.float32(1)
         return tensor
+
+    def in_file(self, name: str) -> FileTensor | None:
+        if self._is_difference(name):
+            return None
+        file, stored_name = self._file_of[name]
+        return file.in_file(stored_name)
 
     def read_fp8(self, name: str) -> Fp8Tensor:
         """
@@ -101,6 +108,9 @@ class HfFolder:
     def close(self) -> None:
         for file in self._files:
             file.close()
+
+    def _is_difference(self, name: str) -> bool:
+        return self.config.architecture == "gemma3" and is_norm(name)
 
     def _read_stored(self, name: str) -> NDArray[Any]:
         file, stored_name = self._file_of[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from engine_runtime.weights.errors import CheckpointError
+from engine_runtime.weights.file_tensor import FileTensor, OpenFile
 from engine_runtime.weights.fp8_tensor import E4M3
 from engine_runtime.weights.tensor_source import stored_floats
 
@@ -65,7 +67,9 @@ class SafetensorsFile:
             size = path.stat().st_size
             if size < 8:
                 raise self._broken("it is shorter than a header")
-            self._data: NDArray[np.uint8] = np.memmap(path, dtype=np.uint8, mode="r")
+            with path.open("rb") as file:
+                self._data: NDArray[np.uint8] = np.memmap(file, dtype=np.uint8, mode="r")
+                self._file = OpenFile(path, os.dup(file.fileno()))
         except OSError as error:
             raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
         header_length = int.from_bytes(self._data[:8].tobytes(), "little")
@@ -95,17 +99,32 @@ class SafetensorsFile:
             CheckpointError: the type of the tensor is not F32, F16, BF16 or F8_E4M3.
         """
         tensor = self._tensors[name]
-        dtype = _READABLE.get(tensor.dtype)
-        if dtype is None:
-            raise CheckpointError(
-                f"{self._path}: tensor {name} has type {tensor.dtype}; supported are {', '.join(_READABLE)}"
-            )
         data = self._data[self._data_start + tensor.start : self._data_start + tensor.end]
-        return stored_floats(data, dtype, tensor.shape)
+        return stored_floats(data, self._readable_type(name), tensor.shape)
+
+    def in_file(self, name: str) -> FileTensor:
+        """What ``read`` gives, to be read past the mapping until ``close``.
+
+        Raises:
+            CheckpointError: as ``read``.
+        """
+        tensor = self._tensors[name]
+        start = self._data_start + tensor.start
+        return FileTensor(self._file, start, self._readable_type(name), tensor.shape)
 
     def close(self) -> None:
-        """Gives the mapping up; arrays that were read keep it alive for as long as they live."""
+        """Gives file and mapping up; arrays that were read keep the mapping for as long as they live."""
         self._data = np.empty(0, np.uint8)
+        self._file.close()
+
+    def _readable_type(self, name: str) -> np.dtype[Any]:
+        stored = self._tensors[name].dtype
+        dtype = _READABLE.get(stored)
+        if dtype is None:
+            raise CheckpointError(
+                f"{self._path}: tensor {name} has type {stored}; supported are {', '.join(_READABLE)}"
+            )
+        return dtype
 
     def _parse(self, header: bytes) -> dict[str, _Tensor]:
         try:

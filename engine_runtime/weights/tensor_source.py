@@ -8,11 +8,12 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from engine_runtime.weights.file_tensor import FileTensor
 from engine_runtime.weights.fp8_tensor import Fp8Tensor
 
 
 class TensorSource(Protocol):
-    """Named tensors in files that stay mapped until ``close``.
+    """Named tensors in files that stay open until ``close``.
 
     Attributes:
         shapes: of every tensor, by its canonical name (that of the Hugging Face checkpoint).
@@ -39,6 +40,10 @@ class TensorSource(Protocol):
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as float32, float16 or bfloat16 (ml_dtypes), read-only where it is a view."""
+        ...
+
+    def in_file(self, name: str) -> FileTensor | None:
+        """Where the values of ``read`` lie, or those of ``read_fp8``; None if only ``read`` gives them."""
         ...
 
     def close(self) -> None: ...

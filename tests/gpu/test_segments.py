@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
@@ -25,12 +26,15 @@ from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment  # no
 from engine_runtime.executors.tensorrt.segment import TrtSegment  # noqa: E402
 from engine_runtime.executors.tensorrt.tactics import SegmentFactory  # noqa: E402
 from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder  # noqa: E402
+from engine_runtime.executors.tensorrt.weight_loading import load_weights  # noqa: E402
 from engine_runtime.executors.tensorrt.weight_plan import WeightPlan  # noqa: E402
-from engine_runtime.executors.tensorrt.weights import DeviceWeights, load_weights  # noqa: E402
+from engine_runtime.executors.tensorrt.weights import DeviceWeights  # noqa: E402
 from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError  # noqa: E402
 from engine_runtime.model_config import ModelConfig  # noqa: E402
 from engine_runtime.models.architectures import ARCHITECTURES  # noqa: E402
 from engine_runtime.models.segment import DType, SegmentKind  # noqa: E402
+from engine_runtime.weights.errors import CheckpointError  # noqa: E402
+from tests.engine_runtime.executors.sharded_checkpoint import write_sharded_checkpoint  # noqa: E402
 from tests.engine_runtime.executors.test_trt_weights import ArraySource, ArrayTarget  # noqa: E402
 from tests.engine_runtime.tiny_configs import tiny_config  # noqa: E402
 from tests.gpu.segment_case import (  # noqa: E402
@@ -190,20 +194,57 @@ def test_fp8_kernels_compute_a_layer_of_8b(
 
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
 def test_weights_arrive_from_a_checkpoint(
-    quantization: Quantization, stream: Stream, device: CudaDevice, library: KernelLibrary
+    quantization: Quantization, device: CudaDevice, library: KernelLibrary
 ) -> None:
     source = ArraySource("qwen2", np.float32, hidden_size=192, intermediate_size=320)
     plan = WeightPlan(source.config, quantization=quantization)
     weights = DeviceWeights(plan)
-    weights.load(source.checkpoint(), stream, library=library)
+    weights.load(source.checkpoint(), device, library=library)
     expected = ArrayTarget(plan.num_bytes)
-    load_weights(plan, source.checkpoint(), expected)
+    load_weights(plan, source.checkpoint(), expected.open_lane)
     found = np.empty(plan.num_bytes, np.uint8)
     weights.read(found)
     written = expected.written.astype(bool)
     same = (found == expected.memory)[written].mean()
     assert same >= (1 if quantization == "none" else 0.98), same  # a division may round the other way
     weights.free()
+
+
+@pytest.mark.parametrize("quantization", ["none", "fp8"])
+@pytest.mark.parametrize("types", [("bfloat16",), ("bfloat16", "float32")])
+def test_weights_arrive_from_files_in_several_threads(
+    types: tuple[str, ...],
+    quantization: Quantization,
+    device: CudaDevice,
+    library: KernelLibrary,
+    tmp_path: Path,
+) -> None:
+    """The table takes several pieces. A file that is cut off is an error that leaves the device usable."""
+    sizes = {"hidden_size": 192, "intermediate_size": 320, "head_dim": 32, "vocab_size": 60_001}
+    stored = write_sharded_checkpoint(tmp_path / "model", "llama", types=types, **sizes)
+    checkpoint = stored.open()
+    plan = WeightPlan(checkpoint.config, quantization=quantization)
+    weights = DeviceWeights(plan)
+    whole = stored.shards[0].read_bytes()
+    if types == ("bfloat16",):  # others are converted from a mapping
+        os.truncate(stored.shards[0], len(whole) // 2)
+        with pytest.raises(CheckpointError, match="has become shorter"):
+            weights.load(checkpoint, device, library=library)
+        stored.shards[0].write_bytes(whole)
+    weights.load(checkpoint, device, library=library)
+    found = np.empty(plan.num_bytes, np.uint8)
+    weights.read(found)
+    quantized = {tensor.offset for tensor in plan.tensors if tensor.scale_offset is not None}
+    quantized |= {tensor.scale_offset for tensor in plan.tensors if tensor.scale_offset is not None}
+    same = {
+        offset: found[offset : offset + len(data)] == data for offset, data in stored.expected(plan).items()
+    }
+    assert all(is_same.all() for offset, is_same in same.items() if offset not in quantized)
+    if quantized:
+        rounded = np.concatenate([same[offset] for offset in quantized])
+        assert rounded.mean() >= 0.97, rounded.mean()  # a division may round the other way
+    weights.free()
+    checkpoint.close()
 
 
 @pytest.mark.parametrize("quantization", ["none", "fp8"])

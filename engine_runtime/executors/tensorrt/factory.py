@@ -207,7 +207,7 @@ def _create(
     if checkpoint is None:
         weights.fill_randomly(library=library)
     else:
-        weights.load(checkpoint, stream, lambda done, size: report("weights", done, size), library)
+        weights.load(checkpoint, device, lambda done, size: report("weights", done, size), library)
     sampler = GpuSampler(library, model.vocab_size, max_rows, 2 * max_seqs)
     undo.callback(sampler.close)
     inputs = StepInputs(

@@ -25,6 +25,26 @@ _ALIGNMENT = 256
 
 
 @dataclass(frozen=True, slots=True)
+class Fp8Rows:
+    """Rows of a matrix in E4M3, and a factor for each of them.
+
+    Attributes:
+        offset: bytes from the start of the allocation.
+        scale_offset: of the factors.
+    """
+
+    offset: int
+    scale_offset: int
+    num_rows: int
+    columns: int
+
+    @property
+    def num_bytes(self) -> int:
+        """With the factors."""
+        return self.num_rows * (self.columns + 4)
+
+
+@dataclass(frozen=True, slots=True)
 class StoredTensor:
     """A tensor of the checkpoint and its place on the device.
 
@@ -46,6 +66,18 @@ class StoredTensor:
         """Without the factors."""
         item = 1 if self.scale_offset is not None else NUMPY_TYPES[self.dtype].itemsize
         return math.prod(self.shape) * item
+
+    @property
+    def scale_bytes(self) -> int:
+        """Of the factors."""
+        return 0 if self.scale_offset is None else 4 * self.shape[0]
+
+    def rows(self, first: int, num_rows: int) -> Fp8Rows:
+        """Some of the rows of a quantized matrix."""
+        if self.scale_offset is None:
+            raise ValueError(f"{self.name} is not to be quantized")
+        columns = self.shape[1]
+        return Fp8Rows(self.offset + first * columns, self.scale_offset + 4 * first, num_rows, columns)
 
 
 class WeightPlan:
@@ -152,7 +184,7 @@ class WeightPlan:
                 tensor = StoredTensor(name, shape, weight.dtype, offset, scale_offset)
                 self.tensors.append(tensor)
                 offset += tensor.num_bytes
-                scale_offset = None if scale_offset is None else scale_offset + 4 * rows
+                scale_offset = None if scale_offset is None else scale_offset + tensor.scale_bytes
             self.num_bytes = offset if scale_offset is None else scale_offset
 
 

@@ -21,8 +21,8 @@ from engine_runtime.executors.tensorrt.buckets import Buckets, decode_buckets
 from engine_runtime.executors.tensorrt.decoder import DeviceDecoder, KvCache
 from engine_runtime.executors.tensorrt.executor import MAX_IN_FLIGHT, TensorRTExecutor
 from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment
+from engine_runtime.executors.tensorrt.weight_loading import load_weights
 from engine_runtime.executors.tensorrt.weight_plan import WeightPlan
-from engine_runtime.executors.tensorrt.weights import load_weights
 from engine_runtime.kernels import gpu_sampling
 from engine_runtime.kernels.compile import kernel_modules
 from engine_runtime.kernels.gpu_attention import AttentionShape, PagedAttention
@@ -94,7 +94,7 @@ class _Weights(ArrayTarget):
         self._plan = plan
         self._start = -self.memory.ctypes.data % 256
         self.memory = self.memory[self._start :]
-        load_weights(plan, checkpoint, self)
+        load_weights(plan, checkpoint, self.open_lane)
         self.embedding = self.memory.ctypes.data + plan.embedding_offset
         self.quantization_of = plan.quantization_of
         self.dtype_of = plan.dtype_of

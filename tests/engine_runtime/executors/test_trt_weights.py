@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,13 +14,15 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
 
-from engine_runtime.executors.tensorrt.weight_plan import StoredTensor, WeightPlan
-from engine_runtime.executors.tensorrt.weights import convert, load_weights
+from engine_runtime.executors.tensorrt.weight_loading import load_weights
+from engine_runtime.executors.tensorrt.weight_pieces import ConvertedArray, Piece
+from engine_runtime.executors.tensorrt.weight_plan import WeightPlan
 from engine_runtime.models.architectures import ARCHITECTURES
 from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import SegmentKind
 from engine_runtime.weights.checkpoint import Checkpoint
 from engine_runtime.weights.expected_tensors import expected_tensors
+from engine_runtime.weights.file_tensor import FileTensor
 from engine_runtime.weights.fp8_tensor import Fp8Tensor
 from tests.engine_runtime.tiny_configs import tiny_config
 
@@ -53,6 +55,9 @@ class ArraySource:
     def read(self, name: str) -> Array:
         return self.tensors[name]
 
+    def in_file(self, name: str) -> FileTensor | None:
+        return None
+
     def close(self) -> None:
         pass
 
@@ -61,31 +66,38 @@ class ArraySource:
 
 
 class ArrayTarget:
-    """A device of host memory, which rounds to E4M3 by ml_dtypes."""
+    """A device of host memory, which rounds bfloat16 to E4M3 by ml_dtypes."""
 
     def __init__(self, num_bytes: int) -> None:
         self.memory = np.full(num_bytes, 0xAA, np.uint8)
         self.written = np.zeros(num_bytes, np.uint8)
 
-    def write(self, tensor: StoredTensor, values: Array) -> None:
-        values = values.astype(_TYPES[tensor.dtype])
-        if tensor.scale_offset is None:
-            self._store(tensor.offset, values)
-            return
-        values = values.astype(np.float32)
-        scales = np.abs(values).max(axis=1) / np.float32(448)
-        self._store(tensor.offset, (values / scales[:, None]).astype(ml_dtypes.float8_e4m3fn))
-        self._store(tensor.scale_offset, scales.astype(np.float32))
+    @contextmanager
+    def open_lane(self, piece_bytes: int) -> Iterator[ArrayTarget]:
+        yield self
 
-    def write_fp8(self, tensor: StoredTensor, stored: Fp8Tensor) -> None:
-        assert tensor.scale_offset is not None
-        self._store(tensor.offset, stored.values)
-        self._store(tensor.scale_offset, stored.scales)
+    def take(self, piece: Piece) -> None:
+        buffer = np.empty(piece.num_bytes, np.uint8)
+        piece.read_into(buffer)
+        if isinstance(piece.place, int):
+            self._store(piece.place, buffer)
+            return
+        values = buffer.view(ml_dtypes.bfloat16).reshape(piece.place.num_rows, piece.place.columns)
+        rounded = rounded_to_fp8(values)
+        self._store(piece.place.offset, rounded.values)
+        self._store(piece.place.scale_offset, rounded.scales)
 
     def _store(self, offset: int, values: Array) -> None:
         data = np.ascontiguousarray(values).reshape(-1).view(np.uint8)
         self.memory[offset : offset + len(data)] = data
         self.written[offset : offset + len(data)] += 1
+
+
+def rounded_to_fp8(values: Array) -> Fp8Tensor:
+    """Each row times a factor that makes its largest number 448, as the kernel ``quantize_rows`` does it."""
+    values = values.astype(np.float32)
+    scales = np.abs(values).max(axis=1) / np.float32(448)
+    return Fp8Tensor((values / scales[:, None]).astype(ml_dtypes.float8_e4m3fn), scales.astype(np.float32))
 
 
 @pytest.mark.parametrize("stored", [np.float32, ml_dtypes.bfloat16])
@@ -94,7 +106,7 @@ def test_segments_find_their_weights(architecture: str, stored: Any) -> None:
     source = ArraySource(architecture, stored)
     plan = WeightPlan(source.config)
     target = ArrayTarget(plan.num_bytes)
-    load_weights(plan, source.checkpoint(), target)
+    load_weights(plan, source.checkpoint(), target.open_lane)
     assert target.written.max() == 1
     table = target.memory[plan.embedding_offset :][: 2 * 176 * 64].view(ml_dtypes.bfloat16)
     expected = source.tensors["model.embed_tokens.weight"].astype(ml_dtypes.bfloat16)
@@ -118,7 +130,7 @@ def test_quantized_projections_have_a_factor_for_each_row(architecture: str) -> 
     source = ArraySource(architecture, np.float32)
     plan = WeightPlan(source.config, quantization="fp8")
     target = ArrayTarget(plan.num_bytes)
-    load_weights(plan, source.checkpoint(), target)
+    load_weights(plan, source.checkpoint(), target.open_lane)
     assert target.written.max() == 1
     offsets = plan.offsets(0)
     for weight in build_segment(source.config, "middle", "bfloat16").weights:
@@ -148,7 +160,7 @@ def test_what_the_checkpoint_holds_in_fp8_arrives_as_it_is() -> None:
     source.fp8[name] = Fp8Tensor(values, rng.random((shape[0],)).astype(np.float32))
     plan = WeightPlan(source.config, quantization="fp8")
     target = ArrayTarget(plan.num_bytes)
-    load_weights(plan, source.checkpoint(), target)
+    load_weights(plan, source.checkpoint(), target.open_lane)
     assert target.written.max() == 1
     offsets = plan.offsets(0)
     first = source.config.q_size
@@ -160,7 +172,7 @@ def test_what_the_checkpoint_holds_in_fp8_arrives_as_it_is() -> None:
     np.testing.assert_array_equal(found, source.fp8[name].scales)
     plain = WeightPlan(source.config)
     target = ArrayTarget(plain.num_bytes)
-    load_weights(plain, source.checkpoint(), target)  # 16 bits were asked for: what ``read`` gives
+    load_weights(plain, source.checkpoint(), target.open_lane)  # 16 bits were asked for: what ``read`` gives
     assert target.written.max() == 1
 
 
@@ -174,35 +186,21 @@ def test_tied_embeddings_are_stored_once() -> None:
     assert tied.offsets(1)["lm_head.weight"] == tied.embedding_offset
 
 
-def test_progress_reaches_the_end() -> None:
-    source = ArraySource("qwen2", np.float32)
-    plan = WeightPlan(source.config, "float16")
-    seen: list[tuple[int, int]] = []
-    load_weights(
-        plan,
-        source.checkpoint(),
-        ArrayTarget(plan.num_bytes),
-        lambda done, total: seen.append((done, total)),
-    )
-    assert len(seen) == len(plan.tensors)
-    assert seen == sorted(seen)
-    assert seen[-1][0] == seen[-1][1] == sum(tensor.num_bytes for tensor in plan.tensors)
-
-
 def test_a_failed_read_is_reported() -> None:
     source = ArraySource("llama", np.float32)
     checkpoint = source.checkpoint()
     del source.tensors["model.layers.1.mlp.up_proj.weight"]
     plan = WeightPlan(source.config)
     with pytest.raises(KeyError):
-        load_weights(plan, checkpoint, ArrayTarget(plan.num_bytes))
+        load_weights(plan, checkpoint, ArrayTarget(plan.num_bytes).open_lane)
 
 
 @pytest.mark.parametrize("source", [np.float32, np.float16, ml_dtypes.bfloat16])
-@pytest.mark.parametrize("length", [1, 65_536, 300_001])
-def test_conversion_in_threads_rounds_to_nearest(source: Any, length: int) -> None:
-    values = np.random.default_rng(0).standard_normal(length).astype(source)
-    result = np.empty(length, ml_dtypes.bfloat16)
-    with ThreadPoolExecutor(4) as pool:
-        convert(values, result, pool)
-    np.testing.assert_array_equal(result, values.astype(ml_dtypes.bfloat16))
+def test_conversion_in_pieces_rounds_to_nearest(source: Any) -> None:
+    values = np.random.default_rng(0).standard_normal((7, 301)).astype(source)
+    array = ConvertedArray(values, np.dtype(ml_dtypes.bfloat16))
+    result = np.empty(2 * values.size, np.uint8)
+    for start in range(0, len(result), 514):
+        array.read_into(start, result[start : start + 514])
+    expected = values.astype(ml_dtypes.bfloat16).reshape(-1)
+    np.testing.assert_array_equal(result.view(ml_dtypes.bfloat16), expected)
