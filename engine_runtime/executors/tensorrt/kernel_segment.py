@@ -38,7 +38,7 @@ _LEAST_ROW, _MOST_ROW = 1024, 32768  # what a program quantizes at once
 # Up to here launches are so short that starting them early pays. More rows of a norm would all go to the few
 # multiprocessors that are free first.
 _MOST_EARLY_TOKENS = 256
-_MOST_EARLY_ROWS = 32
+_MOST_EARLY_ROWS = 64
 Launch = tuple[Callable[..., None], tuple[int, int, int], tuple[Any, ...]]
 
 

@@ -8,7 +8,7 @@ import logging
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from cuda.bindings import driver
 
@@ -48,7 +48,6 @@ _TURNS = 3
 _FORM_TURNS = 2
 
 Formulation = Literal["kernels", "tensorrt"]
-_Way = TypeVar("_Way", bound=str)
 
 
 @dataclass(frozen=True)
@@ -196,18 +195,31 @@ class SegmentFactory:
         Raises:
             TensorRTError: TensorRT is needed and cannot compute it.
         """
-        kernels: dict[Projection, str] = {}
-        segments: dict[Formulation, DeviceSegment] = {}
+        choices: dict[str, KernelSegment] = {}
+        segments: dict[str, DeviceSegment] = {}
         try:
-            kernels = self._tune_kernels(kind, num_tokens, layers, workspace, stream)
-            segments["kernels"] = self._kernel_segment(kind, num_tokens, kernels)
+            tuned = self._tune_kernels(kind, num_tokens, layers, workspace, stream)
+            choices["tuned"] = self._kernel_segment(kind, num_tokens, tuned)
+            # In a segment, products run beside others than those that they were timed with.
+            guessed = self._kernel_segment(kind, num_tokens, {})
+            if guessed.forms != choices["tuned"].forms:
+                choices["guessed"] = guessed
+            segments.update(choices)
         except UnsupportedSegmentError:
             if self.quantization != "none":
                 raise
             with_tensorrt = True
         if with_tensorrt and self.quantization == "none":
             segments["tensorrt"] = self._trt_segment(kind, num_tokens)
-        microseconds = _time_in_turns(segments, layers, workspace, stream)
+        times = _time_in_turns(segments, layers, workspace, stream)
+        kernels: dict[Projection, str] = {}
+        microseconds: dict[Formulation, float] = {}
+        if timed := [name for name in choices if name in times]:
+            best = min(timed, key=lambda name: times[name])
+            kernels = {name: form.name for name, form in choices[best].forms.items()}
+            microseconds["kernels"] = times[best]
+        if "tensorrt" in times:
+            microseconds["tensorrt"] = times["tensorrt"]
         fastest = min(microseconds, key=lambda name: microseconds[name])
         entry = {"formulation": fastest, "kernels": kernels, "microseconds": microseconds}
         self._cache.store(self._tactic_key(kind, num_tokens), json.dumps(entry).encode())
@@ -366,13 +378,13 @@ def _destroy(replay: Any, graph: Any, *events: Event) -> None:
 
 
 def _time_in_turns(
-    segments: Mapping[Formulation, DeviceSegment],
+    segments: Mapping[str, DeviceSegment],
     layers: Sequence[Mapping[str, int]],
     workspace: tuple[int, int],
     stream: Stream,
-) -> dict[Formulation, float]:
+) -> dict[str, float]:
     """Microseconds of each; in turns, since a GPU that is warm is slower than one that was idle."""
-    bound: dict[Formulation, list[BoundSegment]] = {}
+    bound: dict[str, list[BoundSegment]] = {}
     for name, segment in segments.items():
         if segment.workspace_bytes <= workspace[1]:
             segment.use_workspace(workspace[0])
@@ -383,10 +395,10 @@ def _time_in_turns(
 
 
 def _measure_in_turns(
-    ways: Mapping[_Way, Sequence[BoundSegment]], stream: Stream, turns: int
-) -> dict[_Way, float]:
+    ways: Mapping[str, Sequence[BoundSegment]], stream: Stream, turns: int
+) -> dict[str, float]:
     """Microseconds of each, the median of its turns."""
-    times: dict[_Way, list[float]] = {name: [] for name in ways}
+    times: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(turns):
         for name, runs in ways.items():
             times[name].append(measure(runs, stream))

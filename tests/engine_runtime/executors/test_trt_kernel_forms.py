@@ -89,7 +89,7 @@ def test_preferred_forms_exist() -> None:
     names = {key: form.name for key, form in guesses.items() if form is not None}
     assert names["attention_output", 1] == "gemv_add_1x8x512x3x4"
     assert names["gate_up", 16] == "skinny_silu_16x32x256x3x4"
-    assert names["mlp_output", 64] == "skinny_parts2_64x64x128x5x4"
+    assert names["mlp_output", 64] == "thin_parts2_64x64x128x6x4"
     assert names["qkv", 16] == "thin_plain_16x64x256x5x4"
     assert names["mlp_output", 256] == "hopper_parts2_128x128x64x6x4"
     assert names["gate_up", 2048] == "hopper_silu_128x256x64x4x4"
