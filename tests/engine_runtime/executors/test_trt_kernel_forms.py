@@ -84,19 +84,22 @@ def test_preferred_forms_exist() -> None:
             candidates(known, config_8b(), "middle", projection, num_tokens), projection, num_tokens
         )
         for projection in projections(config_8b(), "middle")
-        for num_tokens in (1, 16, 64, 256, 2048)
+        for num_tokens in (1, 16, 48, 64, 256, 2048)
     }
     names = {key: form.name for key, form in guesses.items() if form is not None}
     assert names["attention_output", 1] == "gemv_add_1x8x512x3x4"
     assert names["gate_up", 16] == "skinny_silu_16x32x256x3x4"
+    assert names["gate_up", 48] == "thin_silu_64x128x128x4x4"
+    assert names["gate_up", 64] == "skinny_silu_64x128x64x4x8"
     assert names["mlp_output", 64] == "thin_parts2_64x64x128x6x4"
     assert names["qkv", 16] == "thin_plain_16x64x256x5x4"
     assert names["mlp_output", 256] == "hopper_parts2_128x128x64x6x4"
     assert names["gate_up", 2048] == "hopper_silu_128x256x64x4x4"
-    quantized = candidates(known, config_8b(), "middle", "gate_up", 16, "fp8")
-    guess = first_guess(quantized, "gate_up", 16)
-    assert guess is not None
-    assert guess.name == "thin8_silu_16x128x512x3x4"
+    for num_tokens, name in ((16, "thin8_silu_16x128x512x3x4"), (48, "thin8_silu_64x128x256x4x4")):
+        quantized = candidates(known, config_8b(), "middle", "gate_up", num_tokens, "fp8")
+        guess = first_guess(quantized, "gate_up", num_tokens)
+        assert guess is not None
+        assert guess.name == name
 
 
 def test_the_output_projection_keeps_16_bits() -> None:
