@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import ml_dtypes
@@ -47,7 +48,6 @@ class SegmentCase:
     """Inputs by tensor name, as the device gets them, and the outputs expected of exact arithmetic."""
 
     segment: Segment
-    exact: Segment
     inputs: dict[str, Array]
     expected: dict[str, Array]
 
@@ -75,42 +75,77 @@ class SegmentCase:
 
 
 def make_case(
-    config: ModelConfig, kind: SegmentKind, num_tokens: int, dtype: DType = "bfloat16", seed: int = 0
+    config: ModelConfig,
+    kind: SegmentKind,
+    num_tokens: int,
+    dtype: DType = "bfloat16",
+    seed: int = 0,
+    *,
+    is_fp8: bool = False,
 ) -> SegmentCase:
-    """Random inputs of size 1, weights that keep sizes, and what ONNX's reference makes of them."""
+    """Random inputs of size 1, weights that keep sizes, and what ONNX's reference makes of them.
+
+    Args:
+        is_fp8: projections are E4M3 with factors, and the reference gets the rounded weights.
+    """
     rng = np.random.default_rng(seed)
     segment = build_segment(config, kind, dtype, num_tokens)
-    inputs: dict[str, Array] = {}
-    for info in segment.model.graph.input:
-        shape = tuple(dim.dim_value for dim in info.type.tensor_type.shape.dim)
-        weight = next((weight for weight in segment.weights if weight.name == info.name), None)
-        values: Array = rng.standard_normal(shape, dtype=np.float32)
-        if weight is not None and len(shape) == 2:
-            values *= shape[1] ** -0.5
-        elif weight is not None:
-            values = 1 + values / 4
-        inputs[info.name] = values.astype(_TYPES[weight.dtype if weight else dtype])
     exact = build_segment(config, kind, "float32", num_tokens)
-    evaluator = ReferenceEvaluator(exact.model)
-    names = [output.name for output in exact.model.graph.output]
-    results = evaluator.run(None, {name: array.astype(np.float32) for name, array in inputs.items()})
-    return SegmentCase(segment, exact, inputs, dict(zip(names, results, strict=True)))
+    weights = _weights(config, kind, dtype, seed, is_fp8)
+    names = {weight.name for weight in segment.weights}
+    activations = {
+        info.name: rng.standard_normal(
+            tuple(dim.dim_value for dim in info.type.tensor_type.shape.dim), dtype=np.float32
+        ).astype(_TYPES[dtype])
+        for info in segment.model.graph.input
+        if info.name not in names
+    }
+    rounded = {name: array.astype(np.float32) for name, array in activations.items()}
+    results = ReferenceEvaluator(exact.model).run(None, rounded | weights.exact)
+    outputs = [output.name for output in exact.model.graph.output]
+    expected = dict(zip(outputs, results, strict=True))
+    return SegmentCase(segment, activations | weights.stored, expected)
 
 
-def quantize_weights(case: SegmentCase) -> SegmentCase:
-    """The same with E4M3 projections, and what exact arithmetic makes of the rounded weights."""
-    inputs: dict[str, Array] = {}
-    rounded: dict[str, Array] = {}
-    for name, array in case.inputs.items():
-        inputs[name] = array
-        values = rounded[name] = array.astype(np.float32)
+@dataclass(frozen=True)
+class _Weights:
+    """As the device gets them, and the same numbers in float32."""
+
+    stored: dict[str, Array]
+    exact: dict[str, Array]
+
+
+@lru_cache(maxsize=2)  # those of a large model take seconds, and serve several numbers of tokens
+def _weights(config: ModelConfig, kind: SegmentKind, dtype: DType, seed: int, is_fp8: bool) -> _Weights:
+    if is_fp8:
+        return _quantized(_weights(config, kind, dtype, seed, False))
+    rng = np.random.default_rng([seed, 1])
+    segment = build_segment(config, kind, dtype, 1)
+    shapes = {
+        info.name: tuple(dim.dim_value for dim in info.type.tensor_type.shape.dim)
+        for info in segment.model.graph.input
+    }
+    stored: dict[str, Array] = {}
+    for weight in segment.weights:
+        shape = shapes[weight.name]
+        values: Array = rng.standard_normal(shape, dtype=np.float32)
+        if len(shape) == 2:
+            values *= np.float32(shape[1] ** -0.5)
+        else:
+            values = 1 + values / 4
+        stored[weight.name] = values.astype(_TYPES[weight.dtype])
+    return _Weights(stored, {name: array.astype(np.float32) for name, array in stored.items()})
+
+
+def _quantized(weights: _Weights) -> _Weights:
+    stored, exact = dict(weights.stored), dict(weights.exact)
+    for name, values in weights.exact.items():
         if name.endswith("_proj.weight"):
             scales = np.abs(values).max(axis=1) / np.float32(448)
-            inputs[name] = (values / scales[:, None]).astype(ml_dtypes.float8_e4m3fn)
-            inputs[f"{name}_scale"] = scales.astype(np.float32)
-            rounded[name] = inputs[name].astype(np.float32) * scales[:, None]
-    results = ReferenceEvaluator(case.exact.model).run(None, rounded)
-    return SegmentCase(case.segment, case.exact, inputs, dict(zip(case.expected, results, strict=True)))
+            stored[name] = (values / scales[:, None]).astype(ml_dtypes.float8_e4m3fn)
+            stored[f"{name}_scale"] = scales.astype(np.float32)
+            exact[name] = stored[name].astype(np.float32) * scales[:, None]
+    return _Weights(stored, exact)
 
 
 def relative_errors(case: SegmentCase, results: Mapping[str, Array]) -> dict[str, float]:

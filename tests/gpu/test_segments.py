@@ -41,7 +41,6 @@ from tests.gpu.segment_case import (  # noqa: E402
     SegmentCase,
     llama_8b_config,
     make_case,
-    quantize_weights,
     relative_errors,
 )
 
@@ -174,7 +173,7 @@ def test_fp8_kernels_compute_every_segment(
     """Rounding activations to 3 bits of fraction, three times on the way, costs up to 6 %."""
     config = small_config(architecture)
     for kind in KINDS:
-        case = quantize_weights(make_case(config, kind, num_tokens))
+        case = make_case(config, kind, num_tokens, is_fp8=True)
         segment = kernel_segment(config, kind, num_tokens, device, library, quantization="fp8")
         errors = relative_errors(case, case.run(segment, stream))
         limit = 1e-2 if num_tokens == 1 and architecture != "gemma3" and kind != "first" else 6e-2
@@ -185,7 +184,7 @@ def test_fp8_kernels_compute_every_segment(
 def test_fp8_kernels_compute_a_layer_of_8b(
     num_tokens: int, stream: Stream, device: CudaDevice, library: KernelLibrary
 ) -> None:
-    case = quantize_weights(make_case(llama_8b_config(), "middle", num_tokens))
+    case = make_case(llama_8b_config(), "middle", num_tokens, is_fp8=True)
     segment = kernel_segment(llama_8b_config(), "middle", num_tokens, device, library, quantization="fp8")
     errors = relative_errors(case, case.run(segment, stream))
     print(num_tokens, errors)
@@ -256,9 +255,7 @@ def test_every_form_computes_the_same(
     config = small_config("llama", hidden_size=512, intermediate_size=1024)
     limit = 1e-2 if quantization == "none" else 6e-2
     for kind in KINDS[1:]:
-        case = make_case(config, kind, num_tokens)
-        if quantization == "fp8":
-            case = quantize_weights(case)
+        case = make_case(config, kind, num_tokens, is_fp8=quantization == "fp8")
         for projection in projections(config, kind):
             for form in candidates(known, config, kind, projection, num_tokens, quantization):
                 choice: Mapping[Projection, str] = {projection: form.name}

@@ -20,7 +20,7 @@ from tests.engine_runtime.kernels.interpreter_process import (
     starts_the_interpreter,
 )
 from tests.engine_runtime.tiny_configs import tiny_config
-from tests.gpu.segment_case import SegmentCase, make_case, quantize_weights, relative_errors
+from tests.gpu.segment_case import SegmentCase, make_case, relative_errors
 
 KINDS: tuple[SegmentKind, ...] = ("first", "middle", "last")
 
@@ -113,9 +113,7 @@ class TestInterpreted:
         config = tiny_config(architecture, **self.sizes)
         for kind in KINDS:
             for num_tokens in (1, 5):
-                case = make_case(config, kind, num_tokens)
-                if quantization == "fp8":
-                    case = quantize_weights(case)
+                case = make_case(config, kind, num_tokens, is_fp8=quantization == "fp8")
                 segment = KernelSegment(config, kind, num_tokens, self.library(), 132, None, quantization)
                 errors = self.errors(case, segment)
                 limit = 1e-2 if quantization == "none" else 0.1
