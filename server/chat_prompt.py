@@ -108,7 +108,7 @@ class ChatPrompts:
         """A message as chat templates expect it. Text parts are put on lines of their own, as vLLM does."""
         # Templates know no developers; OpenAI's new word for the same thing.
         fields: dict[str, Any] = {"role": "system" if message.role == "developer" else message.role}
-        fields["content"] = _text(message.content)
+        fields["content"] = _text(message)
         if message.name is not None:
             fields["name"] = message.name
         if isinstance(message, ToolMessage):
@@ -185,7 +185,7 @@ class ChatPrompts:
             return None
         is_reasoning = False
         if reasoning is not None:
-            text = _text(wire.messages[-1].content) or ""
+            text = _text(wire.messages[-1]) or ""
             if not wire.continue_final_message:
                 tail = token_ids[-_TAIL_TOKENS:]
                 text = self._tokenization.tokenizer.decode(tail, skip_special_tokens=False).rstrip()
@@ -207,10 +207,14 @@ def echoed_text(wire: ChatPromptFields) -> str:
     last = wire.messages[-1]
     if wire.add_generation_prompt is not False and last.role != "assistant":
         return ""
-    return _text(last.content) or ""
+    return _text(last) or ""
 
 
-def _text(content: str | list[TextPart] | None) -> str | None:
-    if content is None or isinstance(content, str):
+def _text(message: Message | AssistantMessage | ToolMessage) -> str | None:
+    """What a message says. A refusal is an answer like any other to a template."""
+    content = message.content
+    if content is None:
+        return message.refusal if isinstance(message, AssistantMessage) else None
+    if isinstance(content, str):
         return content
-    return "\n".join(part.text for part in content)
+    return "\n".join(part.text if isinstance(part, TextPart) else part.refusal for part in content)

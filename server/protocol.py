@@ -95,9 +95,36 @@ class TextPart(WireModel):
     text: str
 
 
+class RefusalPart(WireModel):
+    """What a model said instead of an answer; OpenAI's tell the two apart."""
+
+    type: Literal["refusal"]
+    refusal: str
+
+
+def _tag_of_part(value: Any) -> str:
+    kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
+    return "<refusal>" if kind == "refusal" else "<text>"
+
+
 _Content = Annotated[
     Annotated[str, Tag("<one>")]
     | Annotated[list[TextPart], Field(min_length=1, fail_fast=True), Tag("<many>")],
+    Discriminator(tag_of_text, **expected("a string or an array of text parts")),
+]
+
+_Said = Annotated[
+    Annotated[str, Tag("<one>")]
+    | Annotated[
+        list[
+            Annotated[
+                Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
+                Discriminator(_tag_of_part),
+            ]
+        ],
+        Field(min_length=1, fail_fast=True),
+        Tag("<many>"),
+    ],
     Discriminator(tag_of_text, **expected("a string or an array of text parts")),
 ]
 
@@ -123,7 +150,8 @@ class ToolCallParam(WireModel):
 
 class AssistantMessage(WireModel):
     role: Literal["assistant"]
-    content: _Content | None = None
+    content: _Said | None = None
+    refusal: str | None = None
     name: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None

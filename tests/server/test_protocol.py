@@ -115,6 +115,23 @@ BAD_CHAT_FIELDS: list[tuple[dict[str, Any], str, str]] = [
         "messages[0].content[0].type",
         "unsupported_content_type",
     ),
+    (
+        {"messages": [{"role": "user", "content": [{"type": "refusal", "refusal": "No."}]}]},
+        "messages[0].content[0].type",
+        "unsupported_content_type",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": [{"type": "image_url"}]}]},
+        "messages[0].content[0].type",
+        "unsupported_content_type",
+    ),
+    (
+        {"messages": [{"role": "assistant", "content": [{"type": "refusal"}]}]},
+        "messages[0].content[0].refusal",
+        "missing_required_parameter",
+    ),
+    ({"messages": [{"role": "assistant", "content": [1]}]}, "messages[0].content[0]", "invalid_type"),
+    ({"messages": [{"role": "assistant", "refusal": 5}]}, "messages[0].refusal", "invalid_type"),
     ({"messages": [{"role": "user", "content": "x"}] * 20_000}, "messages", "array_above_max_length"),
     ({"model": 5}, "model", "invalid_type"),
     ({"n": 0}, "n", "integer_below_min_value"),
