@@ -175,17 +175,16 @@ class PagedAttention:
         has_softcap = shape.softcap is not None
         self._rope_cache = library.get(kernel_name("rope_cache", *names))
         hopper = kernel_name("prefill_hopper", shape.dtype, "same", shape.head_dim, has_softcap)
-        self._hopper = library.get(hopper) if hopper in library else None
-        self._is_hopper = self._hopper is not None and shape.kv_dtype == "same"
-        self._prefill = (
-            self._hopper
-            if self._hopper is not None and self._is_hopper
-            else library.get(kernel_name("prefill_attention", *names, has_softcap))
-        )
+        reader = library.get(hopper) if hopper in library else None
+        self._is_hopper = False
         self._widened: WidenedCache | None = None
-        if self._hopper is not None and shape.kv_dtype == "fp8" and num_widened_blocks:
+        if reader is not None and shape.kv_dtype == "same":
+            self._prefill, self._is_hopper = reader, True
+        else:
+            self._prefill = library.get(kernel_name("prefill_attention", *names, has_softcap))
+        if reader is not None and shape.kv_dtype == "fp8" and num_widened_blocks:
             self._widened = WidenedCache(
-                library, self._hopper,
+                library, reader,
                 dtype=shape.dtype, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
                 num_blocks=num_widened_blocks, max_sequences=max_sequences,
                 least_queries=least_widened_queries,
@@ -328,9 +327,9 @@ class PagedAttention:
         The others as of ``decode``.
         """
         prefill, cache, is_hopper = self._prefill, layer.prefill_cache, self._is_hopper
-        if widening is not None and self._widened is not None and self._hopper is not None:
+        if widening is not None and self._widened is not None:
             self._widened.enqueue(stream, layer.address, block_tables, table_stride, widening, window or 0)
-            prefill, cache, is_hopper = self._hopper, self._widened.map, True
+            prefill, cache, is_hopper = self._widened.reader, self._widened.map, True
             block_tables, table_stride = self._widened.tables, self._widened.table_stride
         common = self._common(layer, block_tables, table_stride, window, sinks)
         num_kv_heads = self.shape.num_kv_heads

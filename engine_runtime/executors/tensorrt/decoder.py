@@ -228,9 +228,10 @@ class DeviceDecoder:
         )
         if shape.num_decodes:
             self._attention.plan_decode(stream, decodes)
+        widening = self._widening(shape)
         for layer, segment in enumerate(body):
             segment.enqueue(stream)
-            self._attend(layer, shape, decodes)
+            self._attend(layer, shape, decodes, widening)
         if shape.num_pieces:
             self._pool(shape)
         if shape.num_rows == 0:
@@ -251,7 +252,7 @@ class DeviceDecoder:
         pieces = self._inputs.address("pieces")
         self._pooling.enqueue(self._stream, residual, pieces, shape.num_pieces, self.sums_address)
 
-    def _attend(self, index: int, shape: StepShape, decodes: DecodeBatch) -> None:
+    def _attend(self, index: int, shape: StepShape, decodes: DecodeBatch, widening: Widening | None) -> None:
         stream, at, inputs, attention = self._stream, self._at, self._inputs, self._attention
         layer, cache = self._config.layers[index], self._kv_layers[index]
         cos, sin = self._rope[layer.rope]
@@ -265,7 +266,7 @@ class DeviceDecoder:
             attention.prefill(
                 stream, at["qkv"], at["attention"], cache, inputs.address("tiles"), shape.num_tiles,
                 inputs.block_tables_address, inputs.table_stride, window=layer.sliding_window,
-                widening=self._widening(shape),
+                widening=widening,
             )  # fmt: skip
 
     def _widening(self, shape: StepShape) -> Widening | None:

@@ -186,6 +186,44 @@ def test_fp8_is_not_replaced_by_something_else(tmp_path: Path) -> None:
             factory(tmp_path, model, quantization="fp8").make("middle", 16)
 
 
+@pytest.mark.parametrize(
+    ("tuned", "times", "formulation", "qkv"),
+    [
+        (NAMES[1], {"tuned": 4.0, "guessed": 5.0}, "kernels", NAMES[1]),
+        (NAMES[1], {"tuned": 5.0, "guessed": 4.0}, "kernels", NAMES[0]),
+        (NAMES[1], {"tuned": 5.0, "guessed": 4.0, "tensorrt": 3.0}, "tensorrt", NAMES[0]),
+        (NAMES[1], {"tuned": 3.0, "guessed": 4.0, "tensorrt": 5.0}, "kernels", NAMES[1]),
+        (NAMES[0], {"tuned": 4.0}, "kernels", NAMES[0]),  # no other guess
+    ],
+)
+def test_the_winners_are_kept_unless_the_guess_is_faster_as_a_whole(
+    tuned: str,
+    times: dict[str, float],
+    formulation: str,
+    qkv: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = factory(tmp_path, config())
+    timed: dict[str, Any] = {}
+
+    def time_in_turns(segments: dict[str, Any], *arguments: object) -> dict[str, float]:
+        timed.update(segments)
+        return times
+
+    monkeypatch.setattr(made, "_tune_kernels", lambda *arguments: {"qkv": tuned})
+    monkeypatch.setattr(tensorrt_tactics, "_time_in_turns", time_in_turns)
+    nothing: Any = None
+    found = made.tune("middle", 16, (), (0, 0), nothing, with_tensorrt="tensorrt" in times)
+    assert timed.keys() == times.keys()
+    assert timed["tuned"].forms["qkv"].name == tuned
+    assert (found.formulation, found.kernels["qkv"]) == (formulation, qkv)
+    own = min(times[name] for name in times if name != "tensorrt")
+    assert found.microseconds["kernels"] == own
+    assert found.microseconds.get("tensorrt") == times.get("tensorrt")
+    assert made.known_tactic("middle", 16) == found
+
+
 def test_other_kernels_are_timed_again(tmp_path: Path) -> None:
     made = factory(tmp_path, config())
     store(made, Tactic("kernels", {}, {"kernels": 5.0}), 16)

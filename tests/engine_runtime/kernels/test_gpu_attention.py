@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
+from types import SimpleNamespace
 from typing import Any
 
 import ml_dtypes
@@ -13,6 +14,7 @@ import pytest
 
 from engine_runtime.kernels.attention_layout import BLOCK_SIZE, HALVES_OF_PAIRS, NOTHING, PLAN
 from engine_runtime.kernels.gpu_attention import AttentionShape, DecodeBatch, PagedAttention
+from engine_runtime.kernels.widened_cache import Widening
 from tests.engine_runtime.kernels.attention_cases import (
     AttentionCase,
     Sequence,
@@ -44,12 +46,25 @@ class Untouched:
         return Kernel()
 
 
-def attention(num_widened_blocks: int = 0, **changes: Any) -> PagedAttention:
+class Recorder(Untouched):
+    """Whose launches are written down: name, grid, arguments."""
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[str, tuple[int, int, int], tuple[Any, ...]]] = []
+
+    def get(self, name: str) -> Any:
+        kernel = super().get(name)
+        kernel.launch = lambda grid, stream, *args: self.launches.append((name, grid, args))
+        kernel.tensor_map = lambda argument, address, *sizes: (f"map of {name}", address)
+        return kernel
+
+
+def attention(num_widened_blocks: int = 0, library: Any = None, **changes: Any) -> PagedAttention:
     values: dict[str, Any] = {
         "num_heads": 32, "num_kv_heads": 8, "head_dim": 128,
         "dtype": "bf16", "kv_dtype": "same", "scale": 1.0,
     }  # fmt: skip
-    library: Any = Untouched()
+    library = library or Untouched()
     return PagedAttention(
         library, AttentionShape(**(values | changes)), max_sequences=256, num_multiprocessors=132,
         num_widened_blocks=num_widened_blocks,
@@ -92,6 +107,38 @@ def test_contexts_are_widened_where_they_fit_and_many_queries_read_them() -> Non
     assert starts([long, 300], [1, 300], kv_dtype="same") == []
     few = attention(kv_dtype="fp8").widened_starts(np.array([0, 9], np.int32), np.array([9], np.int32))
     assert few.tolist() == []
+
+
+@pytest.mark.parametrize("kv_dtype", ["same", "fp8"])
+@pytest.mark.parametrize("is_widened", [False, True])
+def test_prompts_read_the_widened_contexts_or_the_cache(is_widened: bool, kv_dtype: str) -> None:
+    library, stream = Recorder(), SimpleNamespace(fill=lambda *arguments: None)
+    made = attention(40, library, kv_dtype=kv_dtype)
+    made.use_workspace(1 << 20, stream)  # type: ignore[arg-type]
+    layer = made.kv_layer(5, 100)
+    widening = Widening(1, 2, 7, 11, 12, 13) if is_widened else None
+    made.prefill(stream, 21, 22, layer, 23, 3, 24, 25, window=50, widening=widening)  # type: ignore[arg-type]
+    name, _, args = library.launches[-1]
+    if kv_dtype == "fp8" and is_widened:
+        (widen, grid, widen_args), _ = library.launches
+        blocks, tables = widen_args[1:3]
+        assert (widen, grid) == ("widen_cache_bf16_fp8_d128", (7, 2, 16))
+        assert widen_args == (5, blocks, tables, 11, 12, 13, 24, 1, 50, 8, 25, 40)
+        assert name == "prefill_hopper_bf16_d128"
+        assert args[1:3] == ("map of prefill_hopper_bf16_d128", blocks)
+        assert args[5] == tables != 24
+        assert args[-2:] == (40, 3)
+        room = made.workspace_bytes - (blocks - (1 << 20))
+        assert room >= 40 * 2 * 8 * BLOCK_SIZE * 128 * 2 + 256 * 40 * 4
+        return
+    assert len(library.launches) == 1
+    if kv_dtype == "fp8":
+        assert name == "prefill_attention_bf16_fp8_d128"
+        assert (args[1], args[4], args[-1]) == (5, 24, 25)
+    else:
+        assert name == "prefill_hopper_bf16_d128"
+        assert args[1:3] == ("map of prefill_hopper_bf16_d128", 5)
+        assert (args[5], args[-2]) == (24, 25)
 
 
 def test_the_cache_takes_what_the_scheduler_is_told() -> None:
