@@ -24,6 +24,12 @@ _PER_CALL = {
     driver.CUresult.CUDA_ERROR_NOT_SUPPORTED,
     driver.CUresult.CUDA_ERROR_INVALID_IMAGE,
     driver.CUresult.CUDA_ERROR_NO_BINARY_FOR_GPU,
+    # What was being recorded is lost, and nothing else.
+    driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED,
+    driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_INVALIDATED,
+    driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_UNJOINED,
+    driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_ISOLATION,
+    driver.CUresult.CUDA_ERROR_STREAM_CAPTURE_IMPLICIT,
 }
 
 _DEFAULT_STREAM = 0

@@ -82,20 +82,20 @@ class Stream(threading.Thread):
 
 
 def started(server: ServerProcess, max_tokens: int) -> dict[int, list[Stream]]:
-    """Streams that have begun, by worker, at least one at each."""
+    """Streams that have begun, by worker, at least one at each; 0: those that ended before it was known."""
     workers = worker_pids(server)
-    streams: dict[int, list[Stream]] = {pid: [] for pid in workers}
+    streams: dict[int, list[Stream]] = {pid: [] for pid in (*workers, 0)}
     deadline = time.monotonic() + 20
-    while not all(streams.values()):
+    while not all(streams[pid] for pid in workers):
         assert time.monotonic() < deadline
         batch = [Stream(server.url, max_tokens) for _ in range(3)]
         for stream in batch:
             stream.start()
         for stream in batch:
             assert stream.begun.wait(20)
-        for pid in workers:
-            ports = ports_of(pid)
-            streams[pid] += [stream for stream in batch if stream.port in ports]
+        ports = {pid: ports_of(pid) for pid in workers}
+        for stream in batch:
+            streams[next((pid for pid in workers if stream.port in ports[pid]), 0)].append(stream)
     return streams
 
 

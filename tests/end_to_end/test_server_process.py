@@ -145,10 +145,11 @@ def test_streams_go_on_when_the_engine_dies(smollm2_path: Path) -> None:
 def test_a_server_that_is_told_to_end_says_so_goes_on_for_a_while_and_ends_streams_with_an_error(
     smollm2_path: Path,
 ) -> None:
-    flags = ("--max-model-len", "2048", "--pre-stop-seconds", "1", "--shutdown-timeout", "1")
+    flags = ("--max-model-len", "8192", "--pre-stop-seconds", "1", "--shutdown-timeout", "1")
+    longest = LONG | {"max_tokens": 8000, "stream": True}  # a GPU says 1,500 in the 2 s
     with (
         ServerProcess(*flags) as server,
-        httpx.stream("POST", f"{server.url}/v1/completions", json=LONG | {"stream": True}) as response,
+        httpx.stream("POST", f"{server.url}/v1/completions", json=longest) as response,
     ):
         lines = response.iter_lines()
         next(lines)

@@ -150,6 +150,7 @@ class DeviceDecoder:
         self._heads: dict[tuple[int, bool], BoundSegment] = {}
         self._endings: dict[int, BoundSegment] = {}
         self._graphs: dict[tuple[int, SamplingPath], CudaGraph | None] = {}
+        self._unrecordable: set[tuple[int, SamplingPath]] = set()
 
     @property
     def can_pool(self) -> bool:
@@ -174,10 +175,10 @@ class DeviceDecoder:
             CudaError: a launch failed.
             TensorRTError: TensorRT refused.
         """
-        if not shape.is_decode:
+        key = shape.num_tokens, path
+        if not shape.is_decode or key in self._unrecordable:
             self._enqueue(shape, path)
             return
-        key = shape.num_tokens, path
         if key not in self._graphs:  # what loads or compiles something does so now
             self._enqueue(shape, path)
             self._graphs[key] = None
@@ -189,7 +190,8 @@ class DeviceDecoder:
             except CudaError as error:
                 if error.is_fatal:
                     raise
-                _logger.warning("a step of %d sequences is not recorded: %s", shape.num_tokens, error)
+                _logger.warning("steps of %d sequences cannot be recorded: %s", shape.num_tokens, error)
+                self._unrecordable.add(key)
                 self._enqueue(shape, path)
                 return
             self._graphs[key] = graph

@@ -57,6 +57,6 @@ def test_the_largest_is_never_missing() -> None:
 
 
 def test_the_narrowest_product_says_when_a_gpu_is_saturated() -> None:
-    assert saturating_tokens(4096, 132) == 2048  # 16 x 16 tiles for 132 multiprocessors
-    assert saturating_tokens(8192, 132) == 1024
-    assert saturating_tokens(64, 30) == 7680
+    assert saturating_tokens(4096, 132) == 1024  # 8 x 16 tiles for 132 multiprocessors
+    assert saturating_tokens(8192, 132) == 512
+    assert saturating_tokens(64, 30) == 3840
