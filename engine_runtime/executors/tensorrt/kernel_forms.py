@@ -224,7 +224,9 @@ _PREFERENCES: Mapping[Projection, _Ranges] = {
     "mlp_output": (
         *_WRITES_HIDDEN,
         (128, ("parts4_128x128x128x3x8", "parts2_64x64x64x6x4", "plain_64x64x64x6x4")),
+        (192, ("hopper_parts4_192x128x64x5x4", "hopper_parts2_128x128x64x6x4", "plain_64x64x64x6x4")),
         (256, ("hopper_parts2_128x128x64x6x4", "plain_64x64x64x6x4")),
+        (384, ("hopper_parts2_192x128x64x5x4", "hopper_plain_128x128x64x6x4")),
         *_BEYOND_256,
     ),
     "qkv": (
@@ -234,6 +236,7 @@ _PREFERENCES: Mapping[Projection, _Ranges] = {
         (64, ("thin_plain_64x64x128x6x4", "plain_64x64x128x5x4", "plain_64x64x64x8x4")),
         (128, ("plain_64x64x64x6x4",)),
         (256, ("hopper_plain_128x128x64x6x4",)),
+        (384, ("hopper_plain_192x128x64x5x4",)),
         (512, ("hopper_plain_128x256x64x4x4",)),
         (1024, ("hopper_plain_128x128x64x6x4",)),
         (_ANY, ("hopper_plain_256x128x64x4x4",)),
@@ -244,7 +247,9 @@ _PREFERENCES: Mapping[Projection, _Ranges] = {
         (32, ("_32x64x128x4x8", "_32x64x64x6x4")),
         (48, ("thin_silu_64x128x128x4x4", "thin_gelu_64x128x128x4x4", "_64x64x64x6x4")),
         (64, ("skinny_silu_64x128x64x4x8", "skinny_gelu_64x128x64x4x8", "_64x64x64x6x4")),
-        (256, ("_128x256x64x4x4",)),
+        (128, ("_128x256x64x4x4",)),
+        (192, ("hopper_silu_192x128x64x5x4", "_128x256x64x4x4")),
+        (384, ("_128x256x64x4x4",)),
         (512, ("_128x128x64x6x4",)),
         (4096, ("_128x256x64x4x4",)),
         (_ANY, ("_128x128x64x6x4",)),

@@ -1,8 +1,8 @@
 """``tiled_gemm`` for compute capability 9.0, in Gluon: a warp that copies beside warps that multiply.
 
 A program lives as long as the launch and computes one tile after the other. One warp copies x and W to shared
-memory, as far ahead as there is room: into the next tile too. Two groups of four warps multiply, each half of
-a tile's rows.
+memory, as far ahead as there is room: into the next tile too. Two or three groups of four warps multiply,
+each its part of a tile's rows.
 """
 
 from triton.experimental import gluon
@@ -79,12 +79,12 @@ def _finish(
 @gluon.jit
 def _multiply(
     xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
-    GROUP: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr,
-    SPLIT: gl.constexpr, ACTIVATION: gl.constexpr, SCALED: gl.constexpr,
+    GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr, ACTIVATION: gl.constexpr, SCALED: gl.constexpr,
 ):  # fmt: skip
-    """Four warps that compute half GROUP of the rows of each tile."""
+    """Four warps that compute part GROUP of the rows of each tile."""
     COLUMNS: gl.constexpr = BN // 2 if ACTIVATION != "" else BN
-    ROWS: gl.constexpr = BM // 2
+    ROWS: gl.constexpr = BM // GROUPS
     DEPTH: gl.constexpr = 256 // xs.dtype.primitive_bitwidth
     ACC: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN, DEPTH])
     SIDE: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BN // 2, DEPTH])
@@ -96,7 +96,7 @@ def _multiply(
         for k in range(K // (BK * SPLIT)):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), (step // STAGES) & 1)
-            rows = xs.index(2 * stage + GROUP)
+            rows = xs.index(GROUPS * stage + GROUP)
             acc = warpgroup_mma(rows, ws.index(stage).permute((1, 0)), acc, use_acc=k > 0, is_async=True)
             acc = warpgroup_mma_wait(1, deps=[acc])
             mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), count=1, pred=k > 0)
@@ -128,35 +128,67 @@ def hopper_gemm(
 ):
     """out = f(x W^T) for many tokens. Grid: a program for each multiprocessor, at most tiles * SPLIT.
 
-    x: descriptor [T, K] of blocks [BM / 2, BK]. w: descriptor of blocks [BN / 2, BK]; with ACTIVATION, BN / 2
-    rows of gate and as many of up are one tile. out [SPLIT, T, N] as in ``skinny_gemm``.
+    x: descriptor [T, K] of blocks [BM / GROUPS, BK]; GROUPS is 3 with BM 192, else 2. w: descriptor of blocks
+    [BN / 2, BK]; with ACTIVATION, BN / 2 rows of gate and as many of up are one tile. out [SPLIT, T, N] as in
+    ``skinny_gemm``.
     """
+    GROUPS: gl.constexpr = 3 if BM == 192 else 2
     gdc_launch_dependents()
-    xs = gl.allocate_shared_memory(x.dtype, [2 * STAGES, BM // 2, BK], x.layout)
+    xs = gl.allocate_shared_memory(x.dtype, [GROUPS * STAGES, BM // GROUPS, BK], x.layout)
     ws = gl.allocate_shared_memory(w.dtype, [STAGES, BN, BK], w.layout)
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
-        mbarrier.init(empty.index(stage), count=2)
-    gl.warp_specialize(
-        [
-            (
-                _multiply,
+        mbarrier.init(empty.index(stage), count=GROUPS)
+    if GROUPS == 3:
+        gl.warp_specialize(
+            [
                 (
-                    xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
-                    0, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
+                    _multiply,
+                    (
+                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
+                        0, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
+                    ),
                 ),
-            ),
-            (
-                _multiply,
                 (
-                    xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
-                    1, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
+                    _multiply,
+                    (
+                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
+                        1, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
+                    ),
                 ),
-            ),
-            (copy, (x, w, xs, ws, full, empty, T, N, K, 2, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
-        ],
-        [4, 1],
-        [240, 24],
-    )  # fmt: skip
+                (
+                    _multiply,
+                    (
+                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
+                        2, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
+                    ),
+                ),
+                (copy, (x, w, xs, ws, full, empty, T, N, K, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (
+                    _multiply,
+                    (
+                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
+                        0, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
+                    ),
+                ),
+                (
+                    _multiply,
+                    (
+                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
+                        1, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
+                    ),
+                ),
+                (copy, (x, w, xs, ws, full, empty, T, N, K, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
+            ],
+            [4, 1],
+            [240, 24],
+        )  # fmt: skip

@@ -16,13 +16,13 @@ _ROLES = {
     "gelu": (1, "gelu", "bf16"),
     "logits": (1, "", "fp32"),
 }
-# Wide and tall tiles, and smaller ones, which leave fewer multiprocessors idle at the end.
-_WIDE, _TALL, _SMALL = (128, 256, 64, 4), (256, 128, 64, 4), (128, 128, 64, 6)
+# Wide and tall tiles, smaller ones, which leave fewer multiprocessors idle at the end, and those between.
+_WIDE, _TALL, _SMALL, _MIDDLE = (128, 256, 64, 4), (256, 128, 64, 4), (128, 128, 64, 6), (192, 128, 64, 5)
 _HOPPER = {
-    "plain": (_WIDE, _TALL, _SMALL),
-    "parts2": (_SMALL,),
-    "parts4": (_SMALL,),
-    "silu": (_WIDE, _TALL, _SMALL),
+    "plain": (_WIDE, _TALL, _SMALL, _MIDDLE),
+    "parts2": (_SMALL, _MIDDLE),
+    "parts4": (_SMALL, _MIDDLE),
+    "silu": (_WIDE, _TALL, _SMALL, _MIDDLE),
     "gelu": (_WIDE, _SMALL),
     "logits": (_WIDE, _TALL, _SMALL),
 }
@@ -50,11 +50,13 @@ def _spec(kind: str, role: str, blocks: tuple[int, ...], *, is_fp8: bool) -> Ker
     element, bits = ("fp8e4nv", 8) if is_fp8 else ("bf16", 16)
     layout = f"NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth={bits}, rank=2)"
     is_thin = kind == "thin"
+    has_three_groups = bm == 192
+    rows = bm if is_thin else bm // (3 if has_three_groups else 2)
     return KernelSpec(
         thin_gemm if is_thin else hopper_gemm,
         f"{kind}{'8' if is_fp8 else ''}_{role}_{bm}x{bn}x{bk}x{stages}x4",
         {
-            "x": f"tensordesc<{element}[{bm if is_thin else bm // 2}, {bk}],{layout}>",
+            "x": f"tensordesc<{element}[{rows}, {bk}],{layout}>",
             "x_scale": "*fp32:16",
             "w": f"tensordesc<{element}[{bn // 2}, {bk}],{layout}>",
             "w_scale": "*fp32:16",
@@ -73,8 +75,8 @@ def _spec(kind: str, role: str, blocks: tuple[int, ...], *, is_fp8: bool) -> Ker
             "SCALED": is_fp8,
         },
         num_warps=4,
-        # Warps come in fours, which share 65536 registers: three times four, or two.
-        max_registers=168,
+        # Warps come in fours, which share 65536 registers: two to four times four.
+        max_registers=128 if has_three_groups else 168,
         architectures=(90,),
         starts_early=True,
     )
