@@ -102,7 +102,7 @@ class RefusalPart(WireModel):
     refusal: str
 
 
-def _tag_of_part(value: Any) -> str:
+def tag_of_part(value: Any) -> str:
     kind = value.get("type") if isinstance(value, dict) else getattr(value, "type", None)
     return "<refusal>" if kind == "refusal" else "<text>"
 
@@ -119,7 +119,7 @@ _Said = Annotated[
         list[
             Annotated[
                 Annotated[TextPart, Tag("<text>")] | Annotated[RefusalPart, Tag("<refusal>")],
-                Discriminator(_tag_of_part),
+                Discriminator(tag_of_part),
             ]
         ],
         Field(min_length=1, fail_fast=True),

@@ -14,8 +14,10 @@ from server.protocol import (
     MAX_MESSAGES,
     ModelFields,
     Number,
+    RefusalPart,
     WireModel,
     expected,
+    tag_of_part,
     tag_of_text,
 )
 
@@ -51,6 +53,8 @@ def _tag_of_item(value: Any) -> str | None:
     if not isinstance(value, dict):
         return None
     kind = value.get("type", "message")
+    if kind == "message" and value.get("role") == "assistant":
+        return "<said>"
     return f"<{kind}>" if isinstance(kind, str) else None
 
 
@@ -89,11 +93,40 @@ _Text = Annotated[
     Discriminator(tag_of_text, **expected("a string or an array of content parts")),
 ]
 
+_Said = Annotated[
+    Annotated[str, Tag("<one>")]
+    | Annotated[
+        list[
+            Annotated[
+                Annotated[Part, BeforeValidator(_known_part), Tag("<text>")]
+                | Annotated[RefusalPart, Tag("<refusal>")],
+                Discriminator(tag_of_part),
+            ]
+        ],
+        Field(fail_fast=True),
+        Tag("<many>"),
+    ],
+    Discriminator(tag_of_text, **expected("a string or an array of content parts")),
+]
+
 
 class MessageItem(WireModel):
+    """What anybody but the model says; what it says itself is an ``AssistantItem``."""
+
     type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: _Text
+    id: _Id | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class AssistantItem(WireModel):
+    """An earlier answer, which may have been a refusal."""
+
+    type: Literal["message"] | None = None
+    role: Literal["assistant"]
+    content: _Said
     id: _Id | None = None
     status: str | None = None
     phase: str | None = None
@@ -137,6 +170,7 @@ class ItemReference(WireModel):
 
 Item = Annotated[
     Annotated[MessageItem, Tag("<message>")]
+    | Annotated[AssistantItem, Tag("<said>")]
     | Annotated[FunctionCallItem, Tag("<function_call>")]
     | Annotated[FunctionCallOutputItem, Tag("<function_call_output>")]
     | Annotated[ReasoningItem, Tag("<reasoning>")]

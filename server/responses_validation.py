@@ -14,12 +14,14 @@ from server.call import Call
 from server.conversation import Conversation, chat_request
 from server.errors import InvalidRequestError, UnsupportedParameterError, excerpt
 from server.item_references import with_referred
-from server.protocol import MAX_PROMPT_TOKENS, ChatCompletionRequest, WireModel
+from server.protocol import MAX_PROMPT_TOKENS, ChatCompletionRequest, RefusalPart, WireModel
 from server.response_store import ResponseStore
 from server.responses_protocol import (
     AllowedTools,
+    AssistantItem,
     FunctionCallItem,
     FunctionCallOutputItem,
+    Item,
     ItemReference,
     MessageItem,
     Part,
@@ -171,19 +173,16 @@ def _items(wire: ResponsesRequest) -> list[dict[str, Any]]:
     return [_item(item) for item in wire.input]
 
 
-def _item(
-    item: MessageItem | FunctionCallItem | FunctionCallOutputItem | ReasoningItem | ItemReference,
-) -> dict[str, Any]:
+def _item(item: Item) -> dict[str, Any]:
     match item:
         case ItemReference():
             return {"type": "item_reference", "id": item.id}
         case MessageItem():
-            kind = "output_text" if item.role == "assistant" else "input_text"
             texts = [item.content] if isinstance(item.content, str) else [p.text for p in item.content]
-            parts: list[dict[str, Any]] = [{"type": kind, "text": text} for text in texts]
-            if item.role == "assistant":
-                parts = [{**part, "annotations": []} for part in parts]
-            return _message(item.role, parts, item.id)
+            return _message(item.role, [{"type": "input_text", "text": text} for text in texts], item.id)
+        case AssistantItem():
+            said = [item.content] if isinstance(item.content, str) else item.content
+            return _message("assistant", [_said(part) for part in said], item.id)
         case FunctionCallItem():
             return {
                 "id": item.id or _new_id("fc"),
@@ -210,6 +209,13 @@ def _item(
                 "summary": [],
                 "content": [{"type": "reasoning_text", "text": part.text} for part in parts_of_it],
             }
+
+
+def _said(part: str | Part | RefusalPart) -> dict[str, Any]:
+    if isinstance(part, RefusalPart):
+        return {"type": "refusal", "refusal": part.refusal}
+    text = part if isinstance(part, str) else part.text
+    return {"type": "output_text", "text": text, "annotations": []}
 
 
 def _message(role: str, parts: list[dict[str, Any]], item_id: str | None) -> dict[str, Any]:
@@ -239,7 +245,9 @@ def _messages(instructions: str | None, items: Sequence[dict[str, Any]]) -> list
     for item in items:
         match item["type"]:
             case "message":
-                conversation.say(item["role"], "\n".join(part["text"] for part in item["content"]))
+                # A refusal is an answer like any other to a template.
+                texts = [part["refusal" if part["type"] == "refusal" else "text"] for part in item["content"]]
+                conversation.say(item["role"], "\n".join(texts))
             case "function_call":
                 conversation.call_tool(item["call_id"], item["name"], item["arguments"])
             case "function_call_output":

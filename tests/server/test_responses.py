@@ -258,6 +258,26 @@ async def test_a_stream_that_fails(tokenizer: Tokenizer) -> None:
                 {"role": "user", "content": "E"},
             ],
         ),
+        (
+            [
+                {"role": "user", "content": "A"},
+                {
+                    "type": "message",
+                    "id": "msg_1",
+                    "role": "assistant",
+                    "content": [
+                        {"type": "output_text", "text": "B", "annotations": []},
+                        {"type": "refusal", "refusal": "C"},
+                    ],
+                },
+                {"role": "user", "content": "D"},
+            ],
+            [
+                {"role": "user", "content": "A"},
+                {"role": "assistant", "content": "B\nC"},
+                {"role": "user", "content": "D"},
+            ],
+        ),
     ],
 )
 async def test_items(tokenizer: Tokenizer, items: list[Any], chat: list[dict[str, Any]]) -> None:
@@ -272,6 +292,9 @@ async def test_items(tokenizer: Tokenizer, items: list[Any], chat: list[dict[str
     assert engine.requests[1].prompt_token_ids == engine.requests[0].prompt_token_ids
     assert again.status_code == 200
     assert all(item["id"] for item in shown)
+    for item, sent in zip(shown, items, strict=True):
+        if "id" in sent and sent["type"] == "message":
+            assert [part["type"] for part in item["content"]] == [part["type"] for part in sent["content"]]
 
 
 @pytest.mark.parametrize(
@@ -285,6 +308,13 @@ async def test_items(tokenizer: Tokenizer, items: list[Any], chat: list[dict[str
         ({"input": [{"type": "computer_call", "id": "cu_1"}]}, "input[0]"),
         ({"input": [{"type": "function_call", "name": "f"}]}, "input[0].call_id"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0]"),
+        (
+            {"input": [{"role": "user", "content": [{"type": "refusal", "refusal": "A"}]}]},
+            "input[0].content[0]",
+        ),
+        ({"input": [{"role": "assistant", "content": [{"type": "refusal"}]}]}, "input[0].content[0].refusal"),
+        ({"input": [{"role": "assistant", "content": [{"type": "input_file"}]}]}, "input[0].content[0]"),
+        ({"input": [{"role": "assistant", "content": 5}]}, "input[0].content"),
         ({"input": "word " * 2000}, "input"),
         ({"max_output_tokens": 10**6}, "max_output_tokens"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
