@@ -9,7 +9,11 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="cuda-bindings is not installed: pip install -e '.[gpu]'")
 
+from engine_runtime.executors.tensorrt import decoder as decoder_module
+from engine_runtime.executors.tensorrt.batch import StepShape
 from engine_runtime.executors.tensorrt.decoder import DeviceDecoder, _lender
+from engine_runtime.kernels.sampling_rows import SamplingPath
+from tests.engine_runtime.executors.cuda_errors import cuda_error
 from tests.engine_runtime.tiny_configs import tiny_config
 
 _FORMS = {-1: "none", 0: "fp8", 1: "none", 2: "fp8", 3: "none"}
@@ -98,3 +102,21 @@ def test_who_lends_weights(forms: str, lender: int | None) -> None:
     config = tiny_config("llama", num_hidden_layers=len(forms), layers=layers)
     weights: Any = SimpleNamespace(quantization_of=forms.__getitem__)
     assert _lender(config, weights) == lender
+
+
+def test_steps_that_cannot_be_recorded_are_enqueued_and_warned_of_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(stream: Any, enqueue: Any) -> None:
+        raise cuda_error("CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED", is_fatal=False)
+
+    monkeypatch.setattr(decoder_module, "CudaGraph", refuse)
+    decoder, _ = _decoder()
+    decoder._stream, decoder._graphs, decoder._unrecordable = None, {}, set()
+    enqueued: list[int] = []
+    monkeypatch.setattr(decoder, "_enqueue", lambda shape, path: enqueued.append(shape.num_tokens))
+    for num_tokens in (4, 4, 4, 2, 4):
+        decoder.run(StepShape(num_tokens, num_tokens, 0, num_tokens, is_decode=True), SamplingPath.GREEDY)
+    assert enqueued == [4, 4, 4, 2, 4]
+    assert len(caplog.records) == 1
+    assert "steps of 4 sequences cannot be recorded" in caplog.text

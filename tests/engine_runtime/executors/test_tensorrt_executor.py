@@ -12,17 +12,10 @@ from engine_runtime.cuda import CudaError
 from engine_runtime.executors.tensorrt.executor import PendingStep, TensorRTExecutor
 from scheduler.executor import ExecutorLostError, OutOfDeviceMemoryError
 from scheduler.messages import ModelRunnerOutput, SchedulerOutput
+from tests.engine_runtime.executors.cuda_errors import cuda_error
 
-
-def _cuda_error(name: str, *, is_fatal: bool) -> CudaError:
-    """As the driver would cause it, whose texts need a driver."""
-    error = CudaError.__new__(CudaError, name)
-    error.name, error.is_fatal = name, is_fatal
-    return error
-
-
-_LOST = _cuda_error("CUDA_ERROR_ILLEGAL_ADDRESS", is_fatal=True)
-_FULL = _cuda_error("CUDA_ERROR_OUT_OF_MEMORY", is_fatal=False)
+_LOST = cuda_error("CUDA_ERROR_ILLEGAL_ADDRESS", is_fatal=True)
+_FULL = cuda_error("CUDA_ERROR_OUT_OF_MEMORY", is_fatal=False)
 
 
 class CountingStream:
