@@ -110,26 +110,25 @@ _Said = Annotated[
 ]
 
 
-class MessageItem(WireModel):
+class _MessageFields(WireModel):
+    type: Literal["message"] | None = None
+    id: _Id | None = None
+    status: str | None = None
+    phase: str | None = None
+
+
+class MessageItem(_MessageFields):
     """What anybody but the model says; what it says itself is an ``AssistantItem``."""
 
-    type: Literal["message"] | None = None
     role: Literal["user", "assistant", "system", "developer"]
     content: _Text
-    id: _Id | None = None
-    status: str | None = None
-    phase: str | None = None
 
 
-class AssistantItem(WireModel):
+class AssistantItem(_MessageFields):
     """An earlier answer, which may have been a refusal."""
 
-    type: Literal["message"] | None = None
     role: Literal["assistant"]
     content: _Said
-    id: _Id | None = None
-    status: str | None = None
-    phase: str | None = None
 
 
 class FunctionCallItem(WireModel):

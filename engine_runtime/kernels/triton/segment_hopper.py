@@ -78,11 +78,12 @@ def _finish(
 
 @gluon.jit
 def _multiply(
-    xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
-    GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
-    STAGES: gl.constexpr, SPLIT: gl.constexpr, ACTIVATION: gl.constexpr, SCALED: gl.constexpr,
+    operands, GROUP: gl.constexpr, GROUPS: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr,
+    BK: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr, ACTIVATION: gl.constexpr,
+    SCALED: gl.constexpr,
 ):  # fmt: skip
     """Four warps that compute part GROUP of the rows of each tile."""
+    xs, ws, full, empty, x_scale, w_scale, out, T, N, K = operands
     COLUMNS: gl.constexpr = BN // 2 if ACTIVATION != "" else BN
     ROWS: gl.constexpr = BM // GROUPS
     DEPTH: gl.constexpr = 256 // xs.dtype.primitive_bitwidth
@@ -118,6 +119,7 @@ def hopper_gemm(
     T,
     N,
     K,
+    GROUPS: gl.constexpr,
     BM: gl.constexpr,
     BN: gl.constexpr,
     BK: gl.constexpr,
@@ -128,11 +130,10 @@ def hopper_gemm(
 ):
     """out = f(x W^T) for many tokens. Grid: a program for each multiprocessor, at most tiles * SPLIT.
 
-    x: descriptor [T, K] of blocks [BM / GROUPS, BK]; GROUPS is 3 with BM 192, else 2. w: descriptor of blocks
-    [BN / 2, BK]; with ACTIVATION, BN / 2 rows of gate and as many of up are one tile. out [SPLIT, T, N] as in
+    x: descriptor [T, K] of blocks [BM / GROUPS, BK], GROUPS 2 or 3. w: descriptor of blocks [BN / 2, BK];
+    with ACTIVATION, BN / 2 rows of gate and as many of up are one tile. out [SPLIT, T, N] as in
     ``skinny_gemm``.
     """
-    GROUPS: gl.constexpr = 3 if BM == 192 else 2
     gdc_launch_dependents()
     xs = gl.allocate_shared_memory(x.dtype, [GROUPS * STAGES, BM // GROUPS, BK], x.layout)
     ws = gl.allocate_shared_memory(w.dtype, [STAGES, BN, BK], w.layout)
@@ -141,54 +142,25 @@ def hopper_gemm(
     for stage in gl.static_range(STAGES):
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GROUPS)
-    if GROUPS == 3:
+    operands = xs, ws, full, empty, x_scale, w_scale, out, T, N, K
+    if GROUPS == 2:
         gl.warp_specialize(
             [
-                (
-                    _multiply,
-                    (
-                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
-                        0, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
-                        1, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
-                        2, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
-                    ),
-                ),
-                (copy, (x, w, xs, ws, full, empty, T, N, K, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
-            ],
-            [4, 4, 1],
-            [160, 160, 24],
-        )  # fmt: skip
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    _multiply,
-                    (
-                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
-                        0, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
-                    ),
-                ),
-                (
-                    _multiply,
-                    (
-                        xs, ws, full, empty, x_scale, w_scale, out, T, N, K,
-                        1, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED,
-                    ),
-                ),
+                (_multiply, (operands, 0, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
+                (_multiply, (operands, 1, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
                 (copy, (x, w, xs, ws, full, empty, T, N, K, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
             ],
             [4, 1],
             [240, 24],
-        )  # fmt: skip
+        )
+    else:
+        gl.warp_specialize(
+            [
+                (_multiply, (operands, 0, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
+                (_multiply, (operands, 1, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
+                (_multiply, (operands, 2, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
+                (copy, (x, w, xs, ws, full, empty, T, N, K, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
+            ],
+            [4, 4, 1],
+            [160, 160, 24],
+        )

@@ -50,13 +50,12 @@ def _spec(kind: str, role: str, blocks: tuple[int, ...], *, is_fp8: bool) -> Ker
     element, bits = ("fp8e4nv", 8) if is_fp8 else ("bf16", 16)
     layout = f"NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth={bits}, rank=2)"
     is_thin = kind == "thin"
-    has_three_groups = bm == 192
-    rows = bm if is_thin else bm // (3 if has_three_groups else 2)
+    groups = 1 if is_thin else 3 if bm == 192 else 2
     return KernelSpec(
         thin_gemm if is_thin else hopper_gemm,
         f"{kind}{'8' if is_fp8 else ''}_{role}_{bm}x{bn}x{bk}x{stages}x4",
         {
-            "x": f"tensordesc<{element}[{rows}, {bk}],{layout}>",
+            "x": f"tensordesc<{element}[{bm // groups}, {bk}],{layout}>",
             "x_scale": "*fp32:16",
             "w": f"tensordesc<{element}[{bn // 2}, {bk}],{layout}>",
             "w_scale": "*fp32:16",
@@ -66,6 +65,7 @@ def _spec(kind: str, role: str, blocks: tuple[int, ...], *, is_fp8: bool) -> Ker
             "K": "i32:16",
         },
         {
+            **({} if is_thin else {"GROUPS": groups}),
             "BM": bm,
             "BN": bn,
             "BK": bk,
@@ -76,7 +76,7 @@ def _spec(kind: str, role: str, blocks: tuple[int, ...], *, is_fp8: bool) -> Ker
         },
         num_warps=4,
         # Warps come in fours, which share 65536 registers: two to four times four.
-        max_registers=128 if has_three_groups else 168,
+        max_registers=128 if groups == 3 else 168,
         architectures=(90,),
         starts_early=True,
     )

@@ -42,7 +42,7 @@ def test_names_hold_what_was_compiled() -> None:
         assert form.num_parts == constants.get("SPLIT", 1)
         if form.function in ("hopper", "thin"):
             blocks = spec.signature["w"], spec.signature["x"]
-            groups = 1 if form.function == "thin" else 3 if form.bm == 192 else 2
+            groups = constants.get("GROUPS", 1)
             assert f"[{form.bn // 2}, {form.bk}]" in blocks[0]
             assert f"[{form.bm // groups}, {form.bk}]" in blocks[1]
             assert form.columns == (form.bn // 2 if constants["ACTIVATION"] else form.bn)
