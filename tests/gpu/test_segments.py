@@ -247,7 +247,7 @@ def test_weights_arrive_from_files_in_several_threads(
 
 
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
-@pytest.mark.parametrize("num_tokens", [1, 16, 48, 64, 160, 256])
+@pytest.mark.parametrize("num_tokens", [1, 16, 48, 64, 72, 128, 145, 160, 192, 256])
 def test_every_form_computes_the_same(
     num_tokens: int, quantization: Quantization, stream: Stream, device: CudaDevice, library: KernelLibrary
 ) -> None:

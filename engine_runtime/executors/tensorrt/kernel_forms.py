@@ -191,6 +191,8 @@ def _fused_roles(config: ModelConfig, projection: Projection) -> tuple[str, ...]
 def _suits(form: GemmForm, num_tokens: int) -> bool:
     if form.function == "gemv":
         return num_tokens == 1
+    if form.function == "thin" and form.bm > 64:
+        return form.bm - 32 < num_tokens <= form.bm
     if form.function in ("skinny", "thin"):
         return form.bm >= num_tokens and (form.bm == 16 or form.bm < 2 * num_tokens)
     if form.role in _PARTS and num_tokens > _MAX_SPLIT_TOKENS:
@@ -209,6 +211,8 @@ _WRITES_HIDDEN: _Ranges = (
     (16, ("thin_parts2_16x64x256x4x4", "parts2_16x64x128x5x4", "parts2_16x32x64x8x4", "plain_16x32x64x8x4")),
     (32, ("thin_parts2_32x64x256x4x4", "parts2_32x64x128x5x4", "parts2_32x32x64x8x4", "plain_32x32x64x8x4")),
     (64, ("thin_parts2_64x64x128x6x4", "parts2_64x64x128x5x4", "parts2_64x64x64x8x4", "plain_64x64x64x8x4")),
+    (96, ("thin_parts2_96x64x64x10x4", "parts2_64x64x64x6x4", "plain_64x64x64x6x4")),
+    (128, ("thin_parts2_128x64x64x8x4", "parts2_64x64x64x6x4", "plain_64x64x64x6x4")),
 )
 _BEYOND_256: _Ranges = (
     (512, ("hopper_plain_128x128x64x6x4",)),
@@ -217,14 +221,15 @@ _BEYOND_256: _Ranges = (
 _PREFERENCES: Mapping[Projection, _Ranges] = {
     "attention_output": (
         *_WRITES_HIDDEN,
-        (128, ("parts2_64x64x64x6x4", "plain_64x64x64x6x4")),
+        (160, ("thin_parts2_160x64x64x7x4", "plain_64x64x64x6x4")),
+        (192, ("thin_parts2_192x64x64x6x4", "plain_64x64x64x6x4")),
         (256, ("hopper_parts2_128x128x64x6x4", "plain_64x64x64x6x4")),
         *_BEYOND_256,
     ),
     "mlp_output": (
         *_WRITES_HIDDEN,
-        (128, ("parts4_128x128x128x3x8", "parts2_64x64x64x6x4", "plain_64x64x64x6x4")),
-        (192, ("hopper_parts4_192x128x64x5x4", "hopper_parts2_128x128x64x6x4", "plain_64x64x64x6x4")),
+        (160, ("thin_parts4_160x128x64x5x4", "thin_parts2_160x64x64x7x4", "plain_64x64x64x6x4")),
+        (192, ("thin_parts4_192x128x64x5x4", "thin_parts2_192x64x64x6x4", "plain_64x64x64x6x4")),
         (256, ("hopper_parts2_128x128x64x6x4", "plain_64x64x64x6x4")),
         (384, ("hopper_parts2_192x128x64x5x4", "hopper_plain_128x128x64x6x4")),
         *_BEYOND_256,
@@ -234,7 +239,10 @@ _PREFERENCES: Mapping[Projection, _Ranges] = {
         (16, ("thin_plain_16x64x256x5x4", "plain_16x64x128x5x4", "plain_16x32x64x8x4")),
         (32, ("thin_plain_32x64x256x4x4", "plain_32x64x128x5x4", "plain_32x32x64x8x4")),
         (64, ("thin_plain_64x64x128x6x4", "plain_64x64x128x5x4", "plain_64x64x64x8x4")),
-        (128, ("plain_64x64x64x6x4",)),
+        (96, ("thin_plain_96x64x64x10x4",)),
+        (128, ("thin_plain_128x64x64x8x4",)),
+        (160, ("thin_plain_160x64x64x7x4",)),
+        (192, ("thin_plain_192x64x64x6x4",)),
         (256, ("hopper_plain_128x128x64x6x4",)),
         (384, ("hopper_plain_192x128x64x5x4",)),
         (512, ("hopper_plain_128x256x64x4x4",)),
@@ -247,7 +255,9 @@ _PREFERENCES: Mapping[Projection, _Ranges] = {
         (32, ("_32x64x128x4x8", "_32x64x64x6x4")),
         (48, ("thin_silu_64x128x128x4x4", "thin_gelu_64x128x128x4x4", "_64x64x64x6x4")),
         (64, ("skinny_silu_64x128x64x4x8", "skinny_gelu_64x128x64x4x8", "_64x64x64x6x4")),
-        (128, ("_128x256x64x4x4",)),
+        (96, ("_96x256x64x4x4",)),
+        (128, ("thin_silu_128x256x64x4x4", "thin_gelu_128x256x64x4x4")),
+        (160, ("_160x256x64x4x4",)),
         (192, ("hopper_silu_192x128x64x5x4", "_128x256x64x4x4")),
         (384, ("_128x256x64x4x4",)),
         (512, ("_128x128x64x6x4",)),
@@ -259,6 +269,10 @@ _PREFERENCES: Mapping[Projection, _Ranges] = {
         (16, ("skinny_logits_16x64x128x4x8", "_16x32x64x8x4")),
         (32, ("skinny_logits_32x64x128x4x8", "_32x64x64x6x4")),
         (64, ("skinny_logits_64x128x128x4x8", "skinny_logits_64x128x64x6x4")),
+        (96, ("_96x128x64x7x4",)),
+        (128, ("thin_logits_128x128x64x6x4",)),
+        (160, ("_160x128x64x5x4",)),
+        (192, ("_192x128x64x5x4",)),
         (_ANY, ("_128x256x64x4x4",)),
     ),
 }
@@ -267,7 +281,7 @@ _PREFERENCES: Mapping[Projection, _Ranges] = {
 # Where E4M3 differs.
 _FP8_WRITES_HIDDEN: _Ranges = (
     (64, ("tiled8_parts2_64x64x256x4x4",)),
-    (128, ("tiled8_parts2_64x64x128x6x4",)),
+    (96, ("thin8_parts2_96x64x128x10x4", "tiled8_parts2_64x64x128x6x4")),
 )
 _FP8_PREFERENCES: Mapping[Projection, _Ranges] = {
     "attention_output": (
@@ -276,6 +290,8 @@ _FP8_PREFERENCES: Mapping[Projection, _Ranges] = {
         (32, ("thin8_plain_32x64x512x4x4",)),
         (48, ("thin8_plain_64x64x512x3x4",)),
         *_FP8_WRITES_HIDDEN,
+        (128, ("tiled8_parts2_64x64x128x6x4",)),
+        (160, ("thin8_parts2_160x64x128x7x4", "tiled8_plain_64x64x128x6x4")),
         (256, ("tiled8_plain_64x64x128x6x4",)),
         (_ANY, ()),
     ),
@@ -285,6 +301,9 @@ _FP8_PREFERENCES: Mapping[Projection, _Ranges] = {
         (32, ("thin8_parts4_32x64x512x4x4",)),
         (64, ("thin8_parts2_64x64x512x3x4", "tiled8_parts2_64x64x256x4x4")),
         *_FP8_WRITES_HIDDEN,
+        (128, ("thin8_parts2_128x64x128x8x4", "tiled8_parts2_64x64x128x6x4")),
+        (160, ("thin8_parts2_160x64x128x7x4",)),
+        (192, ("thin8_parts2_192x64x128x6x4",)),
         (_ANY, ()),
     ),
     "qkv": (
@@ -298,8 +317,6 @@ _FP8_PREFERENCES: Mapping[Projection, _Ranges] = {
         (16, ("thin8_silu_16x128x512x3x4", "thin8_gelu_16x128x256x5x4")),
         (32, ("thin8_silu_32x128x256x5x4", "thin8_gelu_32x128x256x5x4")),
         (48, ("thin8_silu_64x128x256x4x4", "thin8_gelu_64x128x256x4x4")),
-        (64, ()),
-        (128, ("_128x64x128x3x4",)),
         (_ANY, ()),
     ),
     "logits": ((_ANY, ()),),

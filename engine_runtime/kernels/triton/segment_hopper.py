@@ -143,12 +143,13 @@ def hopper_gemm(
         mbarrier.init(full.index(stage), count=1)
         mbarrier.init(empty.index(stage), count=GROUPS)
     operands = xs, ws, full, empty, x_scale, w_scale, out, T, N, K
+    copied = x, w, xs, xs, ws, full, empty, T, N, K
     if GROUPS == 2:
         gl.warp_specialize(
             [
                 (_multiply, (operands, 0, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
                 (_multiply, (operands, 1, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
-                (copy, (x, w, xs, ws, full, empty, T, N, K, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
+                (copy, (copied, 0, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
             ],
             [4, 1],
             [240, 24],
@@ -159,7 +160,7 @@ def hopper_gemm(
                 (_multiply, (operands, 0, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
                 (_multiply, (operands, 1, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
                 (_multiply, (operands, 2, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION, SCALED)),
-                (copy, (x, w, xs, ws, full, empty, T, N, K, GROUPS, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
+                (copy, (copied, 0, BM, BN, BK, STAGES, SPLIT, ACTIVATION)),
             ],
             [4, 4, 1],
             [160, 160, 24],

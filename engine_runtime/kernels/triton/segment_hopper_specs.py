@@ -26,19 +26,27 @@ _HOPPER = {
     "gelu": (_WIDE, _SMALL),
     "logits": (_WIDE, _TALL, _SMALL),
 }
+# For 65 to 192 tokens: 64, 128 and 256 rows of W.
+_FLAT = ((96, 64, 64, 10), (128, 64, 64, 8), (160, 64, 64, 7), (192, 64, 64, 6))
+_SQUARE = ((96, 128, 64, 7), (128, 128, 64, 6), (160, 128, 64, 5), (192, 128, 64, 5))
+_LONG = ((96, 256, 64, 4), (128, 256, 64, 4), (160, 256, 64, 4))
 _THIN = {
     "plain": (
         (16, 64, 256, 5), (16, 64, 128, 8), (32, 64, 256, 4), (32, 64, 128, 8),
-        (64, 64, 256, 3), (64, 64, 128, 6),
+        (64, 64, 256, 3), (64, 64, 128, 6), *_FLAT,
     ),
     "parts2": (
         (16, 64, 256, 4), (16, 64, 128, 8), (32, 64, 256, 4), (32, 64, 128, 8),
-        (64, 64, 256, 3), (64, 64, 128, 6),
+        (64, 64, 256, 3), (64, 64, 128, 6), *_FLAT,
     ),
-    "parts4": ((16, 64, 256, 4), (32, 64, 256, 4), (64, 64, 256, 3)),
-    "silu": ((16, 128, 256, 3), (16, 128, 128, 5), (32, 128, 128, 5), (64, 128, 128, 4)),
-    "gelu": ((16, 128, 128, 5), (32, 128, 128, 5), (64, 128, 128, 4)),
-    "logits": ((16, 64, 256, 5), (16, 128, 128, 5), (32, 64, 256, 4), (32, 128, 128, 5)),
+    "parts4": (
+        (16, 64, 256, 4), (32, 64, 256, 4), (64, 64, 256, 3), _SQUARE[0], _SQUARE[2], _SQUARE[3],
+    ),
+    "silu": (
+        (16, 128, 256, 3), (16, 128, 128, 5), (32, 128, 128, 5), (64, 128, 128, 4), *_SQUARE[:3], *_LONG,
+    ),
+    "gelu": ((16, 128, 128, 5), (32, 128, 128, 5), (64, 128, 128, 4), *_SQUARE[:3], *_LONG),
+    "logits": ((16, 64, 256, 5), (16, 128, 128, 5), (32, 64, 256, 4), (32, 128, 128, 5), *_SQUARE),
 }  # fmt: skip
 
 
@@ -49,15 +57,23 @@ def _spec(kind: str, role: str, blocks: tuple[int, ...], *, is_fp8: bool) -> Ker
     split, activation, out = _ROLES[role]
     element, bits = ("fp8e4nv", 8) if is_fp8 else ("bf16", 16)
     layout = f"NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth={bits}, rank=2)"
-    is_thin = kind == "thin"
-    groups = 1 if is_thin else 3 if bm == 192 else 2
+    if kind == "thin":
+        # A group multiplies 64 rows of W or more, with an activation 64 of gate and 64 of up.
+        groups = 2 if bm > 64 and bn > (128 if activation else 64) else 1
+        rest = bm - (1 << bm.bit_length() - 1)
+        sizes = {"GROUPS": groups, "BM": bm, "REST": rest}
+        x_rows, w_rows = rest or bm, bn // (2 * groups if activation else 2)
+    else:
+        groups = 3 if bm == 192 else 2
+        sizes = {"GROUPS": groups, "BM": bm}
+        x_rows, w_rows = bm // groups, bn // 2
     return KernelSpec(
-        thin_gemm if is_thin else hopper_gemm,
+        thin_gemm if kind == "thin" else hopper_gemm,
         f"{kind}{'8' if is_fp8 else ''}_{role}_{bm}x{bn}x{bk}x{stages}x4",
         {
-            "x": f"tensordesc<{element}[{bm // groups}, {bk}],{layout}>",
+            "x": f"tensordesc<{element}[{x_rows}, {bk}],{layout}>",
             "x_scale": "*fp32:16",
-            "w": f"tensordesc<{element}[{bn // 2}, {bk}],{layout}>",
+            "w": f"tensordesc<{element}[{w_rows}, {bk}],{layout}>",
             "w_scale": "*fp32:16",
             "out": f"*{out}:16",
             "T": "i32",
@@ -65,8 +81,7 @@ def _spec(kind: str, role: str, blocks: tuple[int, ...], *, is_fp8: bool) -> Ker
             "K": "i32:16",
         },
         {
-            **({} if is_thin else {"GROUPS": groups}),
-            "BM": bm,
+            **sizes,
             "BN": bn,
             "BK": bk,
             "STAGES": stages,

@@ -30,35 +30,44 @@ def tile(i, T, N, BM: gl.constexpr, COLUMNS: gl.constexpr, SPLIT: gl.constexpr):
 
 
 @gluon.jit
-def copy(
-    x, w, xs, ws, full, empty, T, N, K, GROUPS: gl.constexpr,
-    BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr, STAGES: gl.constexpr, SPLIT: gl.constexpr,
-    ACTIVATION: gl.constexpr,
-):  # fmt: skip
-    """The copying warp: fills stage after stage with GROUPS blocks of x and two of W.
+def _copy_rows(w, ws, n, column, ready, N, BN: gl.constexpr, ACTIVATION: gl.constexpr, pred=True):
+    """The tile's rows of W, block by block; with ACTIVATION of gate and of up in turns."""
+    ROWS: gl.constexpr = w.block_type.shape[0]
+    for block in gl.static_range(BN // ROWS):
+        row = n + block * ROWS
+        if ACTIVATION != "":
+            row = n + block // 2 * ROWS + block % 2 * N
+        tma.async_copy_global_to_shared(w, [row, column], ready, ws.slice(block * ROWS, ROWS), pred=pred)
 
-    The first blocks of W are on their way before the launch before has ended.
+
+@gluon.jit
+def copy(
+    operands, REST: gl.constexpr, BM: gl.constexpr, BN: gl.constexpr, BK: gl.constexpr,
+    STAGES: gl.constexpr, SPLIT: gl.constexpr, ACTIVATION: gl.constexpr,
+):  # fmt: skip
+    """The copying warp: fills stage after stage with blocks of x and of W.
+
+    ``xs`` holds the blocks of all but the last REST rows of x, one behind the other, and ``rest`` those. The
+    first blocks of W are on their way before the launch before has ended.
     """
+    x, w, xs, rest, ws, full, empty, T, N, K = operands
     COLUMNS: gl.constexpr = BN // 2 if ACTIVATION != "" else BN
-    NUM_BYTES: gl.constexpr = GROUPS * x.block_type.nbytes + 2 * w.block_type.nbytes
+    ROWS: gl.constexpr = x.block_type.shape[0]
+    BLOCKS: gl.constexpr = (BM - REST) // ROWS
+    W_BLOCKS: gl.constexpr = BN // w.block_type.shape[0]
+    NUM_BYTES: gl.constexpr = BM // ROWS * x.block_type.nbytes + W_BLOCKS * w.block_type.nbytes
     steps = K // (BK * SPLIT)
     step = 0
     for i in range(num_tiles(T, N, BM, COLUMNS, SPLIT)):
         part, m, n = tile(i, T, N, BM, COLUMNS, SPLIT)
-        second = n + BN // 2
-        if ACTIVATION != "":
-            second = n + N
         start = part * (K // SPLIT)
         ahead = gl.to_tensor(0)
         if i == 0:
             ahead = gl.minimum(steps, STAGES)
             for k in range(ahead):
-                column = start + k * BK
                 ready = full.index(k)
                 mbarrier.expect(ready, NUM_BYTES)
-                left, right = ws.index(k).slice(0, BN // 2), ws.index(k).slice(BN // 2, BN // 2)
-                tma.async_copy_global_to_shared(w, [n, column], ready, left)
-                tma.async_copy_global_to_shared(w, [second, column], ready, right)
+                _copy_rows(w, ws.index(k), n, start + k * BK, ready, N, BN, ACTIVATION)
             gdc_wait()
         for k in range(steps):
             column = start + k * BK
@@ -67,12 +76,12 @@ def copy(
             mbarrier.wait(empty.index(stage), ((step // STAGES) & 1) ^ 1)
             ready = full.index(stage)
             mbarrier.expect(ready, NUM_BYTES, pred=is_new)
-            for group in gl.static_range(GROUPS):
-                rows = xs.index(GROUPS * stage + group)
-                tma.async_copy_global_to_shared(x, [m + group * (BM // GROUPS), column], ready, rows)
-            left, right = ws.index(stage).slice(0, BN // 2), ws.index(stage).slice(BN // 2, BN // 2)
-            tma.async_copy_global_to_shared(w, [n, column], ready, left, pred=is_new)
-            tma.async_copy_global_to_shared(w, [second, column], ready, right, pred=is_new)
+            for block in gl.static_range(BLOCKS):
+                rows = xs.index(BLOCKS * stage + block)
+                tma.async_copy_global_to_shared(x, [m + block * ROWS, column], ready, rows)
+            if REST > 0:
+                tma.async_copy_global_to_shared(x, [m + BM - REST, column], ready, rest.index(stage))
+            _copy_rows(w, ws.index(stage), n, column, ready, N, BN, ACTIVATION, pred=is_new)
             step += 1
 
 

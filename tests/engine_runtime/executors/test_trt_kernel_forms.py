@@ -42,9 +42,12 @@ def test_names_hold_what_was_compiled() -> None:
         assert form.num_parts == constants.get("SPLIT", 1)
         if form.function in ("hopper", "thin"):
             blocks = spec.signature["w"], spec.signature["x"]
-            groups = constants.get("GROUPS", 1)
-            assert f"[{form.bn // 2}, {form.bk}]" in blocks[0]
-            assert f"[{form.bm // groups}, {form.bk}]" in blocks[1]
+            groups, rest = constants["GROUPS"], constants.get("REST", 0)
+            x_rows = rest or form.bm if form.function == "thin" else form.bm // groups
+            w_rows = form.bn // (2 * groups if form.function == "thin" and constants["ACTIVATION"] else 2)
+            assert f"[{w_rows}, {form.bk}]" in blocks[0]
+            assert f"[{x_rows}, {form.bk}]" in blocks[1]
+            assert (form.bm - rest) % x_rows == 0
             assert form.columns == (form.bn // 2 if constants["ACTIVATION"] else form.bn)
         assert form.is_fp8 == constants["SCALED"]
         assert form.writes_float32 == (spec.signature["out"] == "*fp32:16")
@@ -53,7 +56,7 @@ def test_names_hold_what_was_compiled() -> None:
 
 @pytest.mark.parametrize("quantization", ["none", "fp8"])
 @pytest.mark.parametrize(
-    "num_tokens", [1, 2, 16, 17, 32, 33, 64, 65, 128, 160, 200, 256, 384, 512, 1024, 8192]
+    "num_tokens", [1, 2, 16, 17, 32, 33, 64, 65, 100, 128, 160, 192, 200, 256, 384, 512, 1024, 8192]
 )
 def test_hopper_has_a_form_for_any_number_of_tokens(num_tokens: int, quantization: str) -> None:
     known = parse_forms(NAMES[90])
@@ -86,7 +89,7 @@ def test_preferred_forms_exist() -> None:
             candidates(known, config_8b(), "middle", projection, num_tokens), projection, num_tokens
         )
         for projection in projections(config_8b(), "middle")
-        for num_tokens in (1, 16, 48, 64, 160, 256, 384, 2048)
+        for num_tokens in (1, 16, 48, 64, 96, 128, 160, 192, 256, 384, 2048)
     }
     names = {key: form.name for key, form in guesses.items() if form is not None}
     assert names["attention_output", 1] == "gemv_add_1x8x512x3x4"
@@ -95,15 +98,20 @@ def test_preferred_forms_exist() -> None:
     assert names["gate_up", 64] == "skinny_silu_64x128x64x4x8"
     assert names["mlp_output", 64] == "thin_parts2_64x64x128x6x4"
     assert names["qkv", 16] == "thin_plain_16x64x256x5x4"
-    assert names["gate_up", 160] == "hopper_silu_192x128x64x5x4"
-    assert names["mlp_output", 160] == "hopper_parts4_192x128x64x5x4"
+    assert names["attention_output", 96] == "thin_parts2_96x64x64x10x4"
+    assert names["gate_up", 128] == "thin_silu_128x256x64x4x4"
+    assert names["gate_up", 160] == "thin_silu_160x256x64x4x4"
+    assert names["mlp_output", 160] == "thin_parts4_160x128x64x5x4"
+    assert names["qkv", 160] == "thin_plain_160x64x64x7x4"
+    assert names["gate_up", 192] == "hopper_silu_192x128x64x5x4"
     assert names["qkv", 384] == "hopper_plain_192x128x64x5x4"
     assert names["mlp_output", 256] == "hopper_parts2_128x128x64x6x4"
     assert names["gate_up", 2048] == "hopper_silu_128x256x64x4x4"
     for num_tokens, name in (
         (16, "thin8_silu_16x128x512x3x4"),
         (48, "thin8_silu_64x128x256x4x4"),
-        (160, "hopper8_silu_192x128x128x5x4"),
+        (160, "thin8_silu_160x256x128x4x4"),
+        (192, "hopper8_silu_192x128x128x5x4"),
     ):
         quantized = candidates(known, config_8b(), "middle", "gate_up", num_tokens, "fp8")
         guess = first_guess(quantized, "gate_up", num_tokens)
