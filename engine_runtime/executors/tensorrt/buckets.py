@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 _DECODE = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
-_PREFILL = (16, 32, 64, 96, 128, 192, *range(256, 4096, 128))  # tiles have 128 rows at most
+_PREFILL = (16, 32, 64, 96, 128, 160, 192, *range(256, 4096, 128))  # most tiles have 128 rows
 
 
 def decode_buckets(max_num_seqs: int) -> tuple[int, ...]:
