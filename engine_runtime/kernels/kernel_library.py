@@ -189,6 +189,9 @@ class KernelLibrary:
                 f"{self._folder} was written by another version; run make kernels, or install inflightd again"
             )
         self._entries: dict[str, dict[str, Any]] = manifest["kernels"]
+        self._names = tuple(
+            name for name, entry in self._entries.items() if entry["shared_memory"] <= self._max_shared_memory
+        )
         self._kernels: dict[str, Kernel] = {}
 
     def __contains__(self, name: str) -> bool:
@@ -196,7 +199,8 @@ class KernelLibrary:
 
     @property
     def names(self) -> tuple[str, ...]:
-        return tuple(self._entries)
+        """Of the kernels that need no more shared memory than the GPU has."""
+        return self._names
 
     def get(self, name: str) -> Kernel:
         """

@@ -17,16 +17,14 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from engine_runtime.cuda import Stream
+from engine_runtime.executors.tensorrt.gemm_form import GemmForm, parse_forms
 from engine_runtime.executors.tensorrt.kernel_forms import (
-    GemmForm,
     Projection,
     Quantization,
     candidates,
-    first_guess,
     is_computable,
     is_fused,
     is_quantized,
-    parse_forms,
     projections,
 )
 from engine_runtime.kernels.kernel_library import Kernel, KernelLibrary
@@ -69,8 +67,8 @@ class KernelSegment:
     ) -> None:
         """
         Args:
-            choice: names of kernels, as ``tensorrt_tactics`` found them; what is missing, or not there any
-                more, is guessed.
+            choice: names of kernels, as ``tactics`` found them; what is missing, or not there any more, is
+                predicted.
 
         Raises:
             UnsupportedSegmentError: the architecture, a dimension or the GPU is not supported.
@@ -89,13 +87,11 @@ class KernelSegment:
         known = parse_forms(library.names)
         self.forms: dict[Projection, GemmForm] = {}
         for projection in projections(config, kind):
-            found = candidates(known, config, kind, projection, num_tokens, quantization)
-            wanted = (choice or {}).get(projection)
-            form = next((form for form in found if form.name == wanted), None)
-            form = form or first_guess(found, projection, num_tokens)
-            if form is None:
+            found = candidates(known, config, kind, projection, num_tokens, num_multiprocessors, quantization)
+            if not found:
                 raise UnsupportedSegmentError(f"no kernel computes {projection} for {num_tokens} tokens")
-            self.forms[projection] = form
+            wanted = (choice or {}).get(projection)
+            self.forms[projection] = next((form for form in found if form.name == wanted), found[0])
         self._workspace = 0
         self._offsets: dict[str, int] = {}
         self.workspace_bytes = self._lay_out()

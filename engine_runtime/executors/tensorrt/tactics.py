@@ -20,12 +20,11 @@ from engine_runtime.executors.tensorrt.engine_cache import (
     graph_digest,
     segment_key,
 )
+from engine_runtime.executors.tensorrt.gemm_form import GemmForm, parse_forms
 from engine_runtime.executors.tensorrt.kernel_forms import (
-    GemmForm,
     Projection,
     Quantization,
     candidates,
-    parse_forms,
     projections,
 )
 from engine_runtime.executors.tensorrt.kernel_segment import (
@@ -36,7 +35,7 @@ from engine_runtime.executors.tensorrt.kernel_segment import (
 from engine_runtime.executors.tensorrt.library import TensorRTError, tensorrt_version
 from engine_runtime.executors.tensorrt.segment import BoundSegment, DeviceSegment, TrtSegment
 from engine_runtime.executors.tensorrt.trt_builder import TrtBuilder
-from engine_runtime.kernels.kernel_library import KernelLibrary, KernelsMissingError
+from engine_runtime.kernels.kernel_library import KernelLibrary
 from engine_runtime.model_config import ModelConfig
 from engine_runtime.models.build import build_segment
 from engine_runtime.models.segment import DType, Segment, SegmentKind
@@ -46,6 +45,7 @@ _REPLAYS = 3
 _LEAST_RUNS = 4
 _TURNS = 3
 _FORM_TURNS = 2
+_MOST_TIMED = 7  # forms of a projection, the best predicted: 6 lose 0.03 % on average, 2 % at most
 
 Formulation = Literal["kernels", "tensorrt"]
 
@@ -201,9 +201,9 @@ class SegmentFactory:
             tuned = self._tune_kernels(kind, num_tokens, layers, workspace, stream)
             choices["tuned"] = self._kernel_segment(kind, num_tokens, tuned)
             # In a segment, products run beside others than those that they were timed with.
-            guessed = self._kernel_segment(kind, num_tokens, {})
-            if guessed.forms != choices["tuned"].forms:
-                choices["guessed"] = guessed
+            predicted = self._kernel_segment(kind, num_tokens, {})
+            if predicted.forms != choices["tuned"].forms:
+                choices["predicted"] = predicted
             segments.update(choices)
         except UnsupportedSegmentError:
             if self.quantization != "none":
@@ -242,7 +242,10 @@ class SegmentFactory:
         if self._library is None:
             return []
         known = parse_forms(self._library.names)
-        return candidates(known, self._config, kind, projection, num_tokens, self.quantization)
+        num_multiprocessors = self._device.properties.num_multiprocessors
+        return candidates(
+            known, self._config, kind, projection, num_tokens, num_multiprocessors, self.quantization
+        )
 
     def _guess(self, kind: SegmentKind, num_tokens: int) -> Tactic:
         guess = self._guesses.get((kind, num_tokens))
@@ -305,17 +308,12 @@ class SegmentFactory:
                 chosen[projection] = found.kernels[projection]
                 continue
             forms: dict[str, list[BoundSegment]] = {}
-            for form in self._candidates(kind, projection, num_tokens):
+            for form in self._candidates(kind, projection, num_tokens)[:_MOST_TIMED]:
                 segment = self._kernel_segment(kind, num_tokens, {**chosen, projection: form.name})
                 if segment.workspace_bytes > workspace[1]:
                     continue
                 segment.use_workspace(workspace[0])
-                try:
-                    forms[form.name] = [
-                        BoundKernelSegment(segment.parts(layer)[projection]) for layer in layers
-                    ]
-                except KernelsMissingError:  # it wants more shared memory than this GPU has
-                    continue
+                forms[form.name] = [BoundKernelSegment(segment.parts(layer)[projection]) for layer in layers]
             if forms:
                 times = _measure_in_turns(forms, stream, _FORM_TURNS)
                 chosen[projection] = min(times, key=lambda name: times[name])

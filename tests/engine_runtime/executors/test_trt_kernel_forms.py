@@ -6,13 +6,8 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[kernels]'")
 
-from engine_runtime.executors.tensorrt.kernel_forms import (
-    candidates,
-    first_guess,
-    is_computable,
-    parse_forms,
-    projections,
-)
+from engine_runtime.executors.tensorrt.gemm_form import parse_forms
+from engine_runtime.executors.tensorrt.kernel_forms import candidates, is_computable, projections
 from engine_runtime.kernels.triton import segment_gemm_specs, segment_hopper_specs, segment_rows
 from engine_runtime.model_config import ModelConfig
 from tests.engine_runtime.tiny_configs import tiny_config
@@ -65,9 +60,8 @@ def test_hopper_has_a_form_for_any_number_of_tokens(num_tokens: int, quantizatio
         config = config_8b(**{"num_key_value_heads": 3, **changes} if changes else {})
         for kind in ("first", "middle", "last"):
             for projection, shape in projections(config, kind).items():
-                found = candidates(known, config, kind, projection, num_tokens, quantization)
-                guess = first_guess(found, projection, num_tokens)
-                assert guess is not None
+                found = candidates(known, config, kind, projection, num_tokens, 132, quantization)
+                assert found
                 assert all(shape.k % (form.bk * form.num_parts) == 0 for form in found)
                 assert all(form.bm >= min(num_tokens, 64) for form in found if form.function != "gemv")
 
@@ -77,52 +71,14 @@ def test_other_gpus_have_forms_for_few_tokens(architecture: int) -> None:
     known = parse_forms(NAMES[architecture])
     for num_tokens in (1, 16, 32, 64):
         for projection in projections(config_8b(), "middle"):
-            assert candidates(known, config_8b(), "middle", projection, num_tokens)
-    assert not candidates(known, config_8b(), "middle", "qkv", 65)
-
-
-def test_preferred_forms_exist() -> None:
-    """A guess for the measured shape is the first preference, not the fallback."""
-    known = parse_forms(NAMES[90])
-    guesses = {
-        (projection, num_tokens): first_guess(
-            candidates(known, config_8b(), "middle", projection, num_tokens), projection, num_tokens
-        )
-        for projection in projections(config_8b(), "middle")
-        for num_tokens in (1, 16, 48, 64, 96, 128, 160, 192, 256, 384, 2048)
-    }
-    names = {key: form.name for key, form in guesses.items() if form is not None}
-    assert names["attention_output", 1] == "gemv_add_1x8x512x3x4"
-    assert names["gate_up", 16] == "skinny_silu_16x32x256x3x4"
-    assert names["gate_up", 48] == "thin_silu_64x128x128x4x4"
-    assert names["gate_up", 64] == "skinny_silu_64x128x64x4x8"
-    assert names["mlp_output", 64] == "thin_parts2_64x64x128x6x4"
-    assert names["qkv", 16] == "thin_plain_16x64x256x5x4"
-    assert names["attention_output", 96] == "thin_parts2_96x64x64x10x4"
-    assert names["gate_up", 128] == "thin_silu_128x256x64x4x4"
-    assert names["gate_up", 160] == "thin_silu_160x256x64x4x4"
-    assert names["mlp_output", 160] == "thin_parts4_160x128x64x5x4"
-    assert names["qkv", 160] == "thin_plain_160x64x64x7x4"
-    assert names["gate_up", 192] == "hopper_silu_192x128x64x5x4"
-    assert names["qkv", 384] == "hopper_plain_192x128x64x5x4"
-    assert names["mlp_output", 256] == "hopper_parts2_128x128x64x6x4"
-    assert names["gate_up", 2048] == "hopper_silu_128x256x64x4x4"
-    for num_tokens, name in (
-        (16, "thin8_silu_16x128x512x3x4"),
-        (48, "thin8_silu_64x128x256x4x4"),
-        (160, "thin8_silu_160x256x128x4x4"),
-        (192, "hopper8_silu_192x128x128x5x4"),
-    ):
-        quantized = candidates(known, config_8b(), "middle", "gate_up", num_tokens, "fp8")
-        guess = first_guess(quantized, "gate_up", num_tokens)
-        assert guess is not None
-        assert guess.name == name
+            assert candidates(known, config_8b(), "middle", projection, num_tokens, 108)
+    assert not candidates(known, config_8b(), "middle", "qkv", 65, 108)
 
 
 def test_the_output_projection_keeps_16_bits() -> None:
     known = parse_forms(NAMES[90])
     for num_tokens in (1, 16, 256):
-        found = candidates(known, config_8b(), "last", "logits", num_tokens, "fp8")
+        found = candidates(known, config_8b(), "last", "logits", num_tokens, 132, "fp8")
         assert found
         assert not any(form.is_fp8 for form in found)
 

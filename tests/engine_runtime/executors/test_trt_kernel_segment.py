@@ -10,7 +10,8 @@ import pytest
 
 pytest.importorskip("cuda.bindings", reason="CUDA's bindings are not installed: pip install -e '.[gpu]'")
 
-from engine_runtime.executors.tensorrt.kernel_forms import Quantization, candidates, parse_forms, projections
+from engine_runtime.executors.tensorrt.gemm_form import parse_forms
+from engine_runtime.executors.tensorrt.kernel_forms import Quantization, candidates, projections
 from engine_runtime.executors.tensorrt.kernel_segment import KernelSegment, UnsupportedSegmentError
 from engine_runtime.models.architectures import ARCHITECTURES
 from engine_runtime.models.segment import SegmentKind
@@ -124,7 +125,7 @@ class TestInterpreted:
         library = self.library()
         case = make_case(config, "middle", 20)
         for projection in projections(config, "middle"):
-            for form in candidates(parse_forms(library.names), config, "middle", projection, 20):
+            for form in candidates(parse_forms(library.names), config, "middle", projection, 20, 132):
                 if form.num_parts > 1:
                     segment = KernelSegment(config, "middle", 20, library, 132, {projection: form.name})
                     errors = self.errors(case, segment)

@@ -189,14 +189,14 @@ def test_fp8_is_not_replaced_by_something_else(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tuned", "times", "formulation", "qkv"),
     [
-        (NAMES[1], {"tuned": 4.0, "guessed": 5.0}, "kernels", NAMES[1]),
-        (NAMES[1], {"tuned": 5.0, "guessed": 4.0}, "kernels", NAMES[0]),
-        (NAMES[1], {"tuned": 5.0, "guessed": 4.0, "tensorrt": 3.0}, "tensorrt", NAMES[0]),
-        (NAMES[1], {"tuned": 3.0, "guessed": 4.0, "tensorrt": 5.0}, "kernels", NAMES[1]),
-        (NAMES[0], {"tuned": 4.0}, "kernels", NAMES[0]),  # no other guess
+        (NAMES[1], {"tuned": 4.0, "predicted": 5.0}, "kernels", NAMES[1]),
+        (NAMES[1], {"tuned": 5.0, "predicted": 4.0}, "kernels", NAMES[0]),
+        (NAMES[1], {"tuned": 5.0, "predicted": 4.0, "tensorrt": 3.0}, "tensorrt", NAMES[0]),
+        (NAMES[1], {"tuned": 3.0, "predicted": 4.0, "tensorrt": 5.0}, "kernels", NAMES[1]),
+        (NAMES[0], {"tuned": 4.0}, "kernels", NAMES[0]),  # as predicted
     ],
 )
-def test_the_winners_are_kept_unless_the_guess_is_faster_as_a_whole(
+def test_the_winners_are_kept_unless_the_predicted_are_faster_as_a_whole(
     tuned: str,
     times: dict[str, float],
     formulation: str,
@@ -222,6 +222,28 @@ def test_the_winners_are_kept_unless_the_guess_is_faster_as_a_whole(
     assert found.microseconds["kernels"] == own
     assert found.microseconds.get("tensorrt") == times.get("tensorrt")
     assert made.known_tactic("middle", 16) == found
+
+
+def test_the_forms_predicted_to_be_best_are_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = config(hidden_size=512, intermediate_size=1024)
+    made = factory(tmp_path, model)
+    made._library = named = NamesOnly()  # type: ignore[assignment]
+    named.names = REAL_NAMES
+    timed: list[list[str]] = []
+
+    def measure(ways: dict[str, Any], *arguments: object) -> dict[str, float]:
+        timed.append(list(ways))
+        return {name: float(-place) for place, name in enumerate(ways)}  # the last one is the fastest
+
+    monkeypatch.setattr(tensorrt_tactics, "_measure_in_turns", measure)
+    monkeypatch.setattr(KernelSegment, "parts", lambda segment, layer: dict.fromkeys(segment.forms, ()))
+    nothing: Any = None
+    chosen = made._tune_kernels("middle", 256, [{}], (0, 1 << 40), nothing)
+    for projection, names in zip(projections(model, "middle"), timed, strict=True):
+        found = [form.name for form in made._candidates("middle", projection, 256)]
+        assert len(found) > len(names) == 7
+        assert names == found[:7]
+        assert chosen[projection] == names[-1]
 
 
 def test_other_kernels_are_timed_again(tmp_path: Path) -> None:

@@ -178,6 +178,12 @@ def test_a_kernel_that_does_not_fit_is_refused(tmp_path: Path, monkeypatch: pyte
         library(tmp_path, 8, 0, max_shared_memory_per_block=49_152).get("k")
 
 
+def test_names_are_those_of_kernels_that_fit(tmp_path: Path) -> None:
+    write(tmp_path, 80)
+    assert library(tmp_path, 8, 0).names == ("k", "lost", "early")
+    assert library(tmp_path, 8, 0, max_shared_memory_per_block=49_152).names == ()
+
+
 def test_a_manifest_of_another_version_is_refused(tmp_path: Path) -> None:
     write(tmp_path, 80, version=0)
     with pytest.raises(KernelsMissingError, match="another version"):
