@@ -2,7 +2,7 @@
 
 Few tokens: the weights are read once, at the speed of memory (``gemv`` for one token, ``skinny_gemm``).
 More: ``tiled_gemm`` reads both operands through the tensor memory accelerator (compute capability 9). For
-compute capability 9 there are also ``segment_thin.py``, up to 192 tokens, and ``segment_hopper.py``, from 64.
+compute capability 9 there are also ``segment_thin.py``, up to 192 tokens, and ``segment_hopper.py``, from 65.
 All accumulate in float32. K is a multiple of BK, or of SPLIT * BK.
 
 SCALED: W is E4M3 with a float32 factor for each row (``w_scale`` [N]), and so is x for each token

@@ -2,7 +2,7 @@
 
 Those that were fastest somewhere on an H200 (tests/benchmarks/results/gpu_segments.md), and for each number
 of tokens one that takes any K. A form is its block sizes, stages and warps; names hold all of it, and
-``executors/tensorrt/kernel_forms.py`` reads them. Forms for E4M3 ("gemv8" ...) take twice the columns.
+``executors/tensorrt/gemm_form.py`` reads them. Forms for E4M3 ("gemv8" ...) take twice the columns.
 """
 
 from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec

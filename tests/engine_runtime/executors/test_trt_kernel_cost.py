@@ -1,6 +1,6 @@
 """What is predicted of matrix products, beside what was measured.
 
-``gemm_times.csv``: microseconds of every form on one H200, 2026-11-22, with the norm behind the two
+``gemm_times.csv``: microseconds of every form on two H200s, 2026-11-22, with the norm behind the two
 projections that have one. The constants were fitted to llama-8b and to qwen3-0.6b without FP8, not to others.
 """
 
@@ -13,17 +13,9 @@ from pathlib import Path
 import pytest
 
 from engine_runtime.executors.tensorrt.gemm_form import GemmForm, parse_forms
-from engine_runtime.executors.tensorrt.kernel_cost import predicted_microseconds
+from engine_runtime.executors.tensorrt.kernel_cost import MOST_TIMED, best_first, predicted_microseconds
 
 _NUM_MULTIPROCESSORS = 132
-_MOST_TIMED = 7
-
-
-def _best_first(names: list[str], n: int, k: int, num_tokens: int) -> list[str]:
-    def cost(form: GemmForm) -> tuple[float, str]:
-        return predicted_microseconds(form, n, k, num_tokens, _NUM_MULTIPROCESSORS), form.name
-
-    return [form.name for form in sorted(parse_forms(names), key=cost)]
 
 
 @pytest.fixture(scope="module")
@@ -34,10 +26,11 @@ def ratios() -> dict[tuple[str, str], list[tuple[float, float]]]:
     with (Path(__file__).parent / "gemm_times.csv").open(newline="") as file:
         for row in csv.DictReader(file):
             times = {name: float(us) for name, us in (way.split("=") for way in row["microseconds"].split())}
-            order = _best_first(list(times), int(row["n"]), int(row["k"]), int(row["tokens"]))
+            n, k, num_tokens = int(row["n"]), int(row["k"]), int(row["tokens"])
+            order = best_first(parse_forms(times), n, k, num_tokens, _NUM_MULTIPROCESSORS)
             found = sums[row["shape"], row["quantization"], row["tokens"]]
-            found[0] += times[order[0]]
-            found[1] += min(times[name] for name in order[:_MOST_TIMED])
+            found[0] += times[order[0].name]
+            found[1] += min(times[form.name] for form in order[:MOST_TIMED])
             found[2] += min(times.values())
     result = defaultdict(list)
     for (shape, quantization, _tokens), (predicted, timed, best) in sums.items():

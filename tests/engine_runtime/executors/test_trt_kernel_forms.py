@@ -7,7 +7,14 @@ import pytest
 pytest.importorskip("triton", reason="Triton is not installed: pip install -e '.[kernels]'")
 
 from engine_runtime.executors.tensorrt.gemm_form import parse_forms
-from engine_runtime.executors.tensorrt.kernel_forms import candidates, is_computable, projections
+from engine_runtime.executors.tensorrt.kernel_cost import predicted_microseconds
+from engine_runtime.executors.tensorrt.kernel_forms import (
+    Projection,
+    Quantization,
+    candidates,
+    is_computable,
+    projections,
+)
 from engine_runtime.kernels.triton import segment_gemm_specs, segment_hopper_specs, segment_rows
 from engine_runtime.model_config import ModelConfig
 from tests.engine_runtime.tiny_configs import tiny_config
@@ -73,6 +80,32 @@ def test_other_gpus_have_forms_for_few_tokens(architecture: int) -> None:
         for projection in projections(config_8b(), "middle"):
             assert candidates(known, config_8b(), "middle", projection, num_tokens, 108)
     assert not candidates(known, config_8b(), "middle", "qkv", 65, 108)
+
+
+@pytest.mark.parametrize(("quantization", "blocks"), [("none", "8x512x3x4"), ("fp8", "8x512x4x2")])
+def test_one_token_takes_what_was_fastest(quantization: Quantization, blocks: str) -> None:
+    known = parse_forms(NAMES[90])
+    for projection in projections(config_8b(), "middle"):
+        found = candidates(known, config_8b(), "middle", projection, 1, 132, quantization)
+        assert all(form.function == "gemv" for form in found)
+        assert found[0].name.endswith(f"_1x{blocks}")
+
+
+def test_the_best_predicted_form_is_the_first() -> None:
+    known = parse_forms(NAMES[90])
+    shapes = projections(config_8b(), "middle")
+    expected: tuple[tuple[Projection, int, str], ...] = (
+        ("gate_up", 96, "thin_silu_96x256x64x4x4"),
+        ("qkv", 160, "thin_plain_160x64x64x7x4"),
+        ("mlp_output", 1024, "hopper_plain_128x256x64x4x4"),
+        ("mlp_output", 1152, "hopper_plain_192x128x64x5x4"),
+    )
+    for projection, num_tokens, name in expected:
+        found = candidates(known, config_8b(), "middle", projection, num_tokens, 132)
+        shape = shapes[projection]
+        times = [predicted_microseconds(form, shape.n, shape.k, num_tokens, 132) for form in found]
+        assert times == sorted(times)
+        assert found[0].name == name
 
 
 def test_the_output_projection_keeps_16_bits() -> None:

@@ -60,7 +60,7 @@ def test_other_architectures_and_dimensions_are_left_to_tensorrt() -> None:
             )
 
 
-def test_a_choice_that_is_gone_is_guessed_again() -> None:
+def test_a_choice_that_is_gone_is_predicted_again() -> None:
     library: Any = NamesOnly("skinny_plain_16x32x64x8x4", "skinny_silu_16x64x64x5x8")
     config = tiny_config("llama", hidden_size=128, intermediate_size=256)
     segment = KernelSegment(config, "middle", 16, library, 132, {"qkv": "skinny_plain_16x999x64x8x4"})
