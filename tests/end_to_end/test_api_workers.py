@@ -208,6 +208,11 @@ def test_an_operator_reaches_all_of_them(server: ServerProcess, admin_uds: Path,
             assert httpx.get(f"{server.url}/health/ready").status_code == 503
             refused = httpx.post(f"{server.url}/v1/completions", json=BODY | {"max_tokens": 24})
             assert refused.json()["error"]["code"] == "draining"
-        assert admin.post("/admin/undrain", json={}).json()["is_ready"] is True
+        status = admin.post("/admin/undrain", json={}).json()
+        assert status["takes_requests"] is True
+        deadline = time.monotonic() + 20
+        while not admin.get("/admin/status").json()["is_ready"]:  # the new one may not have joined the engine
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
     answer = httpx.post(f"{server.url}/v1/completions", json=BODY | {"max_tokens": 24}, timeout=60).json()
     assert answer["choices"][0]["text"] == text
