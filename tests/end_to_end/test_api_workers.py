@@ -8,7 +8,7 @@ import re
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import httpx
@@ -79,6 +79,13 @@ class Stream(threading.Thread):
                         self.begun.set()
         except httpx.HTTPError:
             self.begun.set()
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
 
 
 def started(server: ServerProcess, max_tokens: int) -> dict[int, list[Stream]]:
@@ -169,10 +176,7 @@ def test_one_that_is_killed_takes_only_its_own_connections_along(server: ServerP
     assert not any(stream.is_whole for stream in streams[killed])
     server.wait_until("num_requests_running", 0)
     assert server.metric("request_success_total") >= before
-    deadline = time.monotonic() + 20
-    while len(worker_pids(server)) < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    wait_for(lambda: len(worker_pids(server)) == 2)
     assert killed not in worker_pids(server)
     assert httpx.get(f"{server.url}/health/ready").status_code == 200
     assert any(re.search(r"API process \d ended", line) for line in server.lines)
@@ -180,10 +184,7 @@ def test_one_that_is_killed_takes_only_its_own_connections_along(server: ServerP
 
 def test_an_operator_reaches_all_of_them(server: ServerProcess, admin_uds: Path, text: str) -> None:
     with httpx.Client(transport=httpx.HTTPTransport(uds=str(admin_uds)), base_url="http://admin") as admin:
-        deadline = time.monotonic() + 20
-        while admin.get("/admin/status").json()["api_workers"] < 2:  # one has just been started again
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        wait_for(lambda: admin.get("/admin/status").json()["api_workers"] == 2)  # one was just started again
         streams = [stream for each in started(server, 400).values() for stream in each]
         listed = admin.get("/admin/requests").json()["data"]
         assert len(listed) == len(streams)
@@ -200,19 +201,14 @@ def test_an_operator_reaches_all_of_them(server: ServerProcess, admin_uds: Path,
         assert admin.post("/admin/drain", json={}).json()["is_ready"] is False
         os.kill(worker_pids(server)[0], signal.SIGKILL)
         time.sleep(0.2)
-        deadline = time.monotonic() + 20
-        while admin.get("/admin/status").json()["api_workers"] < 2:
-            assert time.monotonic() < deadline
-            time.sleep(0.1)
+        wait_for(lambda: admin.get("/admin/status").json()["api_workers"] == 2)
         for _ in range(8):  # whoever answers, and one of them has only just begun
             assert httpx.get(f"{server.url}/health/ready").status_code == 503
             refused = httpx.post(f"{server.url}/v1/completions", json=BODY | {"max_tokens": 24})
             assert refused.json()["error"]["code"] == "draining"
         status = admin.post("/admin/undrain", json={}).json()
         assert status["takes_requests"] is True
-        deadline = time.monotonic() + 20
-        while not admin.get("/admin/status").json()["is_ready"]:  # the new one may not have joined the engine
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        # The new one may not have joined the engine.
+        wait_for(lambda: admin.get("/admin/status").json()["is_ready"])
     answer = httpx.post(f"{server.url}/v1/completions", json=BODY | {"max_tokens": 24}, timeout=60).json()
     assert answer["choices"][0]["text"] == text

@@ -57,6 +57,11 @@ class GemmForm:
         return 2 * self.columns if self._activates else self.columns
 
     @property
+    def is_persistent(self) -> bool:
+        """Its programs live as long as the launch, one on each multiprocessor."""
+        return self.function in ("hopper", "thin")
+
+    @property
     def writes_float32(self) -> bool:
         return self.num_parts > 1 or self.role.endswith("logits")
 

@@ -17,8 +17,7 @@ from engine_runtime.executors.tensorrt.gemm_form import GemmForm
 
 # In a microsecond, of a multiprocessor: operations with 16 bits, bytes from the second-level cache and from
 # memory. Of the whole device: bytes of weights, and of partial sums that are written and read again.
-_OPERATIONS = {"hopper": 4.6e6}
-_OTHER_OPERATIONS = 3.8e6
+_HOPPER_OPERATIONS, _OTHER_OPERATIONS = 4.6e6, 3.8e6
 _CACHED_BYTES = 102e3
 _FRESH_BYTES = 61e3
 _WEIGHT_BYTES = 4.0e6
@@ -57,7 +56,7 @@ def predicted_microseconds(
     fresh = form.rows * form.bk * bytes_each
     cached = fresh + min(form.bm, num_tokens) * form.bk * bytes_each
     step = max(
-        operations / _OPERATIONS.get(form.function, _OTHER_OPERATIONS),
+        operations / (_HOPPER_OPERATIONS if form.function == "hopper" else _OTHER_OPERATIONS),
         cached / _CACHED_BYTES,
         fresh / token_tiles / _FRESH_BYTES,
     )
@@ -74,8 +73,8 @@ def predicted_microseconds(
 
 
 def _programs_together(form: GemmForm, bytes_each: int) -> int:
-    """How many share a multiprocessor; those that live as long as the launch have one for themselves."""
-    if form.function in ("hopper", "thin"):
+    """How many share a multiprocessor."""
+    if form.is_persistent:
         return 1
     shared_memory = (form.bm + form.rows) * form.bk * bytes_each * form.num_stages
     return max(1, min(_SHARED_MEMORY // shared_memory, _THREADS // (32 * form.num_warps)))

@@ -171,7 +171,7 @@ class KernelSegment:
             return kernel.launch, grid, (x, x_scale, w, w_scale, out, tokens, n, k)
         rows = 2 * n if projection == "gate_up" else n
         programs = -(-tokens // form.bm) * columns * form.num_parts
-        if form.function in ("hopper", "thin"):
+        if form.is_persistent:
             programs = min(programs, self._num_multiprocessors)
         x_map = kernel.tensor_map("x", x, (tokens, k), (k, 1))
         w_map = kernel.tensor_map("w", w, (rows, k), (k, 1))
