@@ -46,6 +46,7 @@ def kernel_name(
     kv_dtype: KvDType,
     head_dim: int,
     has_softcap: bool = False,
+    has_window: bool = False,
 ) -> str:
     """Of a compiled kernel."""
     parts = [
@@ -54,5 +55,6 @@ def kernel_name(
         "fp8" if kv_dtype == "fp8" else "",
         f"d{head_dim}",
         "softcap" if has_softcap else "",
+        "window" if has_window else "",
     ]
     return "_".join(part for part in parts if part)

@@ -174,17 +174,21 @@ class PagedAttention:
         names = (shape.dtype, shape.kv_dtype, shape.head_dim)
         has_softcap = shape.softcap is not None
         self._rope_cache = library.get(kernel_name("rope_cache", *names))
-        hopper = kernel_name("prefill_hopper", shape.dtype, "same", shape.head_dim, has_softcap)
-        reader = library.get(hopper) if hopper in library else None
-        self._is_hopper = False
+        hopper = [
+            kernel_name("prefill_hopper", shape.dtype, "same", shape.head_dim, has_softcap, has_window)
+            for has_window in (False, True)
+        ]
+        # Without and with a window; none: the device has no such kernels.
+        self._hopper = [library.get(name) for name in hopper] if hopper[0] in library else []
+        self._is_hopper = bool(self._hopper) and shape.kv_dtype == "same"
         self._widened: WidenedCache | None = None
-        if reader is not None and shape.kv_dtype == "same":
-            self._prefill, self._is_hopper = reader, True
+        if self._is_hopper:
+            self._prefill = self._hopper[0]
         else:
             self._prefill = library.get(kernel_name("prefill_attention", *names, has_softcap))
-        if reader is not None and shape.kv_dtype == "fp8" and num_widened_blocks:
+        if self._hopper and shape.kv_dtype == "fp8" and num_widened_blocks:
             self._widened = WidenedCache(
-                library, reader,
+                library, self._hopper[0],
                 dtype=shape.dtype, num_kv_heads=shape.num_kv_heads, head_dim=shape.head_dim,
                 num_blocks=num_widened_blocks, max_sequences=max_sequences,
                 least_queries=least_widened_queries,
@@ -326,19 +330,19 @@ class PagedAttention:
 
         The others as of ``decode``.
         """
-        prefill, cache, is_hopper = self._prefill, layer.prefill_cache, self._is_hopper
+        cache, is_hopper = layer.prefill_cache, self._is_hopper
         if widening is not None and self._widened is not None:
             self._widened.enqueue(stream, layer.address, block_tables, table_stride, widening, window or 0)
-            prefill, cache, is_hopper = self._widened.reader, self._widened.map, True
+            cache, is_hopper = self._widened.map, True
             block_tables, table_stride = self._widened.tables, self._widened.table_stride
         common = self._common(layer, block_tables, table_stride, window, sinks)
         num_kv_heads = self.shape.num_kv_heads
         if is_hopper:
             grid = (min(self._num_multiprocessors, num_tiles * num_kv_heads), 1, 1)
-            prefill.launch(grid, stream, qkv, *cache, out, tiles, *common, num_tiles)
+            self._hopper[bool(window)].launch(grid, stream, qkv, *cache, out, tiles, *common, num_tiles)
         else:
             grid = (num_kv_heads, num_tiles, 1)
-            prefill.launch(grid, stream, qkv, *cache, out, tiles, *common)
+            self._prefill.launch(grid, stream, qkv, *cache, out, tiles, *common)
 
     def widened_starts(
         self, query_start: Int32Array, context_len: Int32Array, first_sequence: int = 0

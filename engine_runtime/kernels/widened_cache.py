@@ -44,7 +44,6 @@ class WidenedCache:
     """Room for the contexts of a step in one layer.
 
     Attributes:
-        reader: ``prefill_hopper`` for a 16-bit cache.
         sizes: bytes of the two arrays, for ``use_workspace``.
         map: how the reader finds the blocks, see ``Kernel.tensor_map``.
         tables, table_stride: their numbers, as block tables.
@@ -64,6 +63,7 @@ class WidenedCache:
     ) -> None:
         """
         Args:
+            reader: a ``prefill_hopper``.
             max_sequences: of a step.
             least_queries: of a key, on average.
 
@@ -71,7 +71,7 @@ class WidenedCache:
             KernelsMissingError: the kernel is not compiled for the device.
         """
         self._kernel = library.get(kernel_name("widen_cache", dtype, "fp8", head_dim))
-        self.reader = reader
+        self._reader = reader
         self._num_kv_heads = num_kv_heads
         self._head_dim = head_dim
         self._num_blocks = num_blocks
@@ -87,7 +87,7 @@ class WidenedCache:
         """Takes the addresses of the two arrays; what they hold does not matter."""
         self._blocks, self.tables = blocks, tables
         rows = self._num_blocks * 2 * self._num_kv_heads * BLOCK_SIZE
-        self.map = self.reader.tensor_map("cache", blocks, (rows, self._head_dim), (self._head_dim, 1))
+        self.map = self._reader.tensor_map("cache", blocks, (rows, self._head_dim), (self._head_dim, 1))
 
     def starts(self, query_start: Int32Array, context_len: Int32Array, first_sequence: int) -> Int32Array:
         """Where the contexts of a step come to lie, in blocks.

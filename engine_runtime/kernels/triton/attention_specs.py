@@ -115,15 +115,18 @@ def _prefill(
     )
 
 
-def _prefill_hopper(dtype: KernelDType, head_dim: int, has_softcap: bool) -> KernelSpec:
+def _prefill_hopper(
+    dtype: KernelDType, head_dim: int, has_softcap: bool, has_window: bool
+) -> KernelSpec:  # fmt: skip
     padded = _padded(head_dim)
     layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
     return KernelSpec(
         prefill_hopper,
-        kernel_name("prefill_hopper", dtype, "same", head_dim, has_softcap),
+        kernel_name("prefill_hopper", dtype, "same", head_dim, has_softcap, has_window),
         {
             "q": f"*{dtype}:16",
-            "cache": f"tensordesc<{dtype}[{BLOCK_SIZE}, {padded}],{layout}>",
+            # As many columns as the swizzle takes.
+            "cache": f"tensordesc<{dtype}[{BLOCK_SIZE}, 64],{layout}>",
             "out": f"*{dtype}:16",
             "tiles": "*i32",
             **_ATTENTION,
@@ -136,6 +139,7 @@ def _prefill_hopper(dtype: KernelDType, head_dim: int, has_softcap: bool) -> Ker
             "ROWS": 128,
             "SOFTCAP": has_softcap,
             "STAGES": 2,
+            "WINDOWED": has_window,
         },
         num_warps=4,
         # Nine warps, which count as twelve, share 65536 registers.
@@ -234,7 +238,8 @@ def _specs() -> Iterator[KernelSpec]:
                         yield _decode_few(dtype, head_dim, has_softcap)
                     for architecture in architectures:
                         if architecture == 90 and head_dim <= 128 and kv_dtype == "same":
-                            yield _prefill_hopper(dtype, head_dim, has_softcap)
+                            for has_window in (False, True):
+                                yield _prefill_hopper(dtype, head_dim, has_softcap, has_window)
                         else:
                             yield _prefill(*key, architecture)
 

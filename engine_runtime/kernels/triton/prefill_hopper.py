@@ -36,34 +36,64 @@ def _index(turn):
 
 
 @gluon.jit
-def _record(turn, tiles, num_units, num_kv_heads):
+def _inverse(num_kv_heads):
+    """For ``_split``: 2^32 / num_kv_heads, rounded up; 0 for one."""
+    return 0xFFFFFFFF // num_kv_heads.to(gl.uint32) + 1
+
+
+@gluon.jit
+def _split(unit, kv_inverse, num_kv_heads):
+    """(tile, KV head) of a unit, exact where unit * num_kv_heads < 2^32; a division takes 60 instructions."""
+    quotient = (unit.to(gl.uint32).to(gl.uint64) * kv_inverse) >> 32
+    tile = gl.where(kv_inverse == 0, unit, quotient.to(gl.int32))
+    return tile, unit - tile * num_kv_heads
+
+
+@gluon.jit
+def _record(turn, tiles, num_units, kv_inverse, num_kv_heads):
     """(sequence, first row, number of tokens, position of the first) of this program's unit in a turn."""
-    record = tiles + gl.minimum(_index(turn), num_units - 1) // num_kv_heads * 4
+    tile, _kv_head = _split(gl.minimum(_index(turn), num_units - 1), kv_inverse, num_kv_heads)
+    record = tiles + tile * 4
     return gl.load(record), gl.load(record + 1), gl.load(record + 2), gl.load(record + 3)
 
 
 @gluon.jit
-def _steps(low, num_tokens, window, BLOCK_SIZE: gl.constexpr):
+def _steps(low, num_tokens, window, BLOCK_SIZE: gl.constexpr, WINDOWED: gl.constexpr):
     """The first block that a tile sees, how many, and in how many steps."""
-    first = gl.where(window > 0, gl.maximum(low - window + 1, 0), 0) // BLOCK_SIZE
+    first = 0
+    if WINDOWED:
+        first = gl.maximum(low - window + 1, 0) // BLOCK_SIZE
     count = gl.cdiv(low + num_tokens, BLOCK_SIZE) - first
     return first, count, gl.cdiv(count, STEP_BLOCKS)
 
 
 @gluon.jit
+def _copy_blocks(cache, row_left, row_right, ready, boxes, stage, PARTS: gl.constexpr):
+    """Starts copying two blocks, as one tile, to the boxes of a stage."""
+    mbarrier.expect(ready, 2 * PARTS * cache.block_type.nbytes)
+    for part in gl.static_range(PARTS):
+        box = (stage * PARTS + part) * 2
+        column = part * cache.block_shape[1]
+        tma.async_copy_global_to_shared(cache, [row_left, column], ready, boxes.index(box))
+        tma.async_copy_global_to_shared(cache, [row_right, column], ready, boxes.index(box + 1))
+
+
+@gluon.jit
 def _copy(
     cache, keys, values, k_full, k_empty, v_full, v_empty, tiles, block_tables, table_stride, num_tiles,
-    num_kv_heads, window, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    num_kv_heads, window, PARTS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
     num_units = num_tiles * num_kv_heads
     offset = num_kv_heads * BLOCK_SIZE
+    kv_inverse = _inverse(num_kv_heads)
     step = 0
     for turn in range(gl.cdiv(num_units, gl.num_programs(0))):
-        sequence, _row, num_tokens, low = _record(turn, tiles, num_units, num_kv_heads)
+        sequence, _row, num_tokens, low = _record(turn, tiles, num_units, kv_inverse, num_kv_heads)
         if (_index(turn) < num_units) & (sequence >= 0):
-            kv_head = _index(turn) % num_kv_heads
-            first, count, num_steps = _steps(low, num_tokens, window, BLOCK_SIZE)
+            _tile, kv_head = _split(_index(turn), kv_inverse, num_kv_heads)
+            first, count, num_steps = _steps(low, num_tokens, window, BLOCK_SIZE, WINDOWED)
             table = block_tables + sequence.to(gl.int64) * table_stride + first
             block = STEP_BLOCKS * (num_steps - 1)
             left = gl.load(table + block)
@@ -77,64 +107,45 @@ def _copy(
                 row_left = (left * 2 * num_kv_heads + kv_head) * BLOCK_SIZE
                 row_right = (right * 2 * num_kv_heads + kv_head) * BLOCK_SIZE
                 mbarrier.wait(k_empty.index(stage), phase ^ 1)
-                ready = k_full.index(stage)
-                mbarrier.expect(ready, 2 * cache.block_type.nbytes)
-                tma.async_copy_global_to_shared(cache, [row_left, 0], ready, keys.index(2 * stage))
-                tma.async_copy_global_to_shared(cache, [row_right, 0], ready, keys.index(2 * stage + 1))
+                _copy_blocks(cache, row_left, row_right, k_full.index(stage), keys, stage, PARTS)
                 mbarrier.wait(v_empty.index(stage), phase ^ 1)
-                ready = v_full.index(stage)
-                mbarrier.expect(ready, 2 * cache.block_type.nbytes)
-                tma.async_copy_global_to_shared(cache, [row_left + offset, 0], ready, values.index(2 * stage))
-                tma.async_copy_global_to_shared(
-                    cache, [row_right + offset, 0], ready, values.index(2 * stage + 1)
+                _copy_blocks(
+                    cache, row_left + offset, row_right + offset, v_full.index(stage), values, stage, PARTS
                 )
                 left, right = next_left, next_right
                 step += 1
 
 
 @gluon.jit
-def _logits(rows, keys, stage, LOGITS: gl.constexpr, BLOCK_SIZE: gl.constexpr):
-    """Starts q K^T for the two blocks of a step."""
-    zeros = gl.zeros([64, BLOCK_SIZE], gl.float32, LOGITS)
-    left = warpgroup_mma(rows, keys.index(2 * stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
-    right = warpgroup_mma(
-        rows, keys.index(2 * stage + 1).permute((1, 0)), zeros, use_acc=False, is_async=True
-    )
-    return left, right
-
-
-@gluon.jit
-def _add_values(left, right, values, stage, acc):
-    """Starts acc + weights V for the two blocks of a step."""
-    acc = warpgroup_mma(left, values.index(2 * stage), acc, is_async=True)
-    return warpgroup_mma(right, values.index(2 * stage + 1), acc, is_async=True)
+def _logits(rows, keys, stage, LOGITS: gl.constexpr, WIDTH: gl.constexpr):
+    """Starts q K^T for a step: one product for both blocks, since q is read anew for each."""
+    zeros = gl.zeros([64, WIDTH], gl.float32, LOGITS)
+    return warpgroup_mma(rows, keys.index(stage).permute((1, 0)), zeros, use_acc=False, is_async=True)
 
 
 @gluon.jit
 def _weigh(
-    left, right, largest, total, key, newest, oldest, scale, cap,
-    MASKED: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_SIZE: gl.constexpr, LOGITS: gl.constexpr,
+    logits, largest, total, key, newest, oldest, scale, cap, MASKED: gl.constexpr,
+    SOFTCAP: gl.constexpr, WIDTH: gl.constexpr, WINDOWED: gl.constexpr, LOGITS: gl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax, for keys at ``key`` and following; see ``attention_tile.weigh``.
 
-    newest, oldest: int32 [64], positions of the keys that each row sees.
+    newest, oldest: int32 [64], positions of the keys that each row sees; the oldest counts if WINDOWED.
     """
     if SOFTCAP:
-        left = cap - 2.0 * cap / (1.0 + gl.exp2(left * scale))
-        right = cap - 2.0 * cap / (1.0 + gl.exp2(right * scale))
+        logits = cap - 2.0 * cap / (1.0 + gl.exp2(logits * scale))
         factor = 1.0
     else:
         factor = scale
     if MASKED:
-        column = key + gl.arange(0, BLOCK_SIZE, gl.SliceLayout(0, LOGITS))[None, :]
-        left = gl.where((column <= newest[:, None]) & (column >= oldest[:, None]), left, NOTHING)
-        column += BLOCK_SIZE
-        right = gl.where((column <= newest[:, None]) & (column >= oldest[:, None]), right, NOTHING)
-    new_largest = gl.maximum(largest, gl.max(gl.maximum(left, right), 1) * factor)
-    left = gl.exp2(left * factor - new_largest[:, None])
-    right = gl.exp2(right * factor - new_largest[:, None])
+        column = gl.arange(0, WIDTH, gl.SliceLayout(0, LOGITS))[None, :]
+        logits = gl.where(column <= (newest - key)[:, None], logits, NOTHING)
+        if WINDOWED:
+            logits = gl.where(column >= (oldest - key)[:, None], logits, NOTHING)
+    new_largest = gl.maximum(largest, gl.max(logits, 1) * factor)
+    weights = gl.exp2(logits * factor - new_largest[:, None])
     shrink = gl.exp2(largest - new_largest)
-    return left, right, shrink, new_largest, total * shrink + gl.sum(left + right, 1)
+    return weights, shrink, new_largest, total * shrink + gl.sum(weights, 1)
 
 
 @gluon.jit
@@ -145,10 +156,11 @@ def _my_turn(turns, step, GROUP: gl.constexpr):
 
 @gluon.jit
 def _attend(
-    rows, acc, left_weights, right_weights, largest, total, keys, values, k_full, k_empty, v_full, v_empty,
+    rows, acc, weights, largest, total, keys, values, k_full, k_empty, v_full, v_empty,
     turns, step, key, num_steps, newest, oldest, scale, cap,
-    MASKED: gl.constexpr, SOFTCAP: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
-    LOGITS: gl.constexpr, OUTPUT: gl.constexpr, WEIGHTS: gl.constexpr, GROUP: gl.constexpr,
+    MASKED: gl.constexpr, SOFTCAP: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    WINDOWED: gl.constexpr, LOGITS: gl.constexpr, OUTPUT: gl.constexpr, WEIGHTS: gl.constexpr,
+    GROUP: gl.constexpr,
 ):  # fmt: skip
     """``num_steps`` steps: each adds the values of the step before, and computes the weights of its own.
 
@@ -159,25 +171,41 @@ def _attend(
         old_stage = step % STAGES
         old_phase = (step // STAGES) & 1
         step += 1
-        key -= STEP_BLOCKS * BLOCK_SIZE
+        key -= WIDTH
         stage = step % STAGES
         mbarrier.wait(v_full.index(old_stage), old_phase)
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         _my_turn(turns, step, GROUP)
-        left, right = _logits(rows, keys, stage, LOGITS, BLOCK_SIZE)
-        acc = _add_values(left_weights, right_weights, values, old_stage, acc)
+        logits = _logits(rows, keys, stage, LOGITS, WIDTH)
+        acc = warpgroup_mma(weights, values.index(old_stage), acc, is_async=True)
         mbarrier.arrive(turns.index(1 - GROUP), count=1)
-        left, right = warpgroup_mma_wait(2, deps=[left, right])
+        logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(k_empty.index(stage), count=1)
-        left, right, shrink, largest, total = _weigh(
-            left, right, largest, total, key, newest, oldest, scale, cap, MASKED, SOFTCAP, BLOCK_SIZE, LOGITS
-        )
+        logits, shrink, largest, total = _weigh(
+            logits, largest, total, key, newest, oldest, scale, cap,
+            MASKED, SOFTCAP, WIDTH, WINDOWED, LOGITS,
+        )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(old_stage), count=1)
-        left_weights = gl.convert_layout(left.to(values.dtype), WEIGHTS)
-        right_weights = gl.convert_layout(right.to(values.dtype), WEIGHTS)
+        weights = gl.convert_layout(logits.to(values.dtype), WEIGHTS)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
-    return acc, left_weights, right_weights, largest, total, step, key
+    return acc, weights, largest, total, step, key
+
+
+@gluon.jit
+def _anew(x):
+    """x, of which the compiler does not know that it is the same in each turn of a loop, or in two places.
+
+    What it computed only once would take the accumulators' registers: it would wait in local memory, for
+    which the first-level cache has no room beside so much shared memory.
+    """
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=gl.int32, is_pure=False, pack=1)
+
+
+@gluon.jit
+def _places(row, group, inverse, stride, HEAD_DIM: gl.constexpr):
+    """Where rows of a tile lie behind its first one, in elements: a token's query heads, then the next's."""
+    return ((row * _anew(inverse)) >> 16) * (stride - group * HEAD_DIM) + row * HEAD_DIM
 
 
 @gluon.jit
@@ -188,11 +216,10 @@ def _copy_rows(
     """Starts copying a group's rows of q to shared memory; those that do not exist become zero."""
     row = FIRST + gl.arange(0, 64, gl.SliceLayout(1, PLAIN))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, PLAIN))
-    token = (row * inverse) >> 16
-    head = kv_head * group + row - token * group
-    place = (first_row + token).to(gl.int64) * q_stride + head * HEAD_DIM
-    mask = ((row < num_tokens * group) & exists)[:, None] & (column < HEAD_DIM)[None, :]
-    async_copy.async_copy_global_to_shared(rows, q + place[:, None] + column[None, :], mask=mask)
+    start = q + first_row.to(gl.int64) * q_stride + kv_head * group * HEAD_DIM
+    places = _places(row, group, inverse, q_stride, HEAD_DIM)[:, None] + column[None, :]
+    mask = (row < gl.where(exists, num_tokens * group, 0))[:, None] & (column < HEAD_DIM)[None, :]
+    async_copy.async_copy_global_to_shared(rows, start + places, mask=mask)
     async_copy.commit_group()
 
 
@@ -204,11 +231,16 @@ def _wait_for_rows():
 
 
 @gluon.jit
-def _visible(low, num_tokens, window, inverse, FIRST: gl.constexpr, LOGITS: gl.constexpr):
+def _visible(
+    low, num_tokens, window, inverse, FIRST: gl.constexpr, WINDOWED: gl.constexpr, LOGITS: gl.constexpr
+):  # fmt: skip
     """Positions of the newest and the oldest key that each row of a group sees."""
     row = FIRST + gl.arange(0, 64, gl.SliceLayout(1, LOGITS))
     newest = low + gl.minimum((row * inverse) >> 16, num_tokens - 1)
-    return newest, gl.where(window > 0, newest - window + 1, 0)
+    oldest = newest
+    if WINDOWED:
+        oldest = newest - window + 1
+    return newest, oldest
 
 
 @gluon.jit
@@ -232,11 +264,10 @@ def _finish(
     result = staging.load(PLAIN)
     row = FIRST + gl.arange(0, 64, gl.SliceLayout(1, PLAIN))
     column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, PLAIN))
-    token = (row * inverse) >> 16
-    head = kv_head * group + row - token * group
-    place = (first_row + token).to(gl.int64) * out_stride + head * HEAD_DIM
+    start = out + first_row.to(gl.int64) * out_stride + kv_head * group * HEAD_DIM
+    places = _places(row, group, inverse, out_stride, HEAD_DIM)[:, None] + column[None, :]
     mask = (row < num_tokens * group)[:, None] & (column < HEAD_DIM)[None, :]
-    gl.store(out + place[:, None] + column[None, :], result, mask=mask)
+    gl.store(start + places, result, mask=mask)
     gl.thread_barrier()  # before the next rows are copied to where these were
 
 
@@ -245,22 +276,25 @@ def _compute(
     q, out, queries, keys, values, k_full, k_empty, v_full, v_empty, turns, tiles, sinks, scale, cap, v_scale,
     has_sinks, window, group, num_tiles, num_kv_heads, q_stride, out_stride,
     GROUP: gl.constexpr, HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_SIZE: gl.constexpr,
-    SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
+    SOFTCAP: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """Four warps that compute rows 64 * GROUP to 64 * GROUP + 63 of each tile."""
     FIRST: gl.constexpr = 64 * GROUP
     WIDTH: gl.constexpr = STEP_BLOCKS * BLOCK_SIZE
-    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_SIZE, 16])
+    LOGITS: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, WIDTH, 16])
     OUTPUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     WEIGHTS: gl.constexpr = gl.DotOperandLayout(0, OUTPUT, 2)
     PLAIN: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     # row // group is (row * inverse) >> 16, for rows below 128 and groups up to 16.
     inverse = (65535 + group) // group
+    kv_inverse = _inverse(num_kv_heads)
     num_units = num_tiles * num_kv_heads
-    sequence, first_row, num_tokens, low = _record(0, tiles, num_units, num_kv_heads)
-    next_sequence, next_first_row, next_num_tokens, next_low = _record(1, tiles, num_units, num_kv_heads)
+    sequence, first_row, num_tokens, low = _record(0, tiles, num_units, kv_inverse, num_kv_heads)
+    next_sequence, next_first_row, next_num_tokens, next_low = _record(
+        1, tiles, num_units, kv_inverse, num_kv_heads
+    )
     exists = sequence >= 0
-    kv_head = _index(0) % num_kv_heads
+    _tile, kv_head = _split(_index(0), kv_inverse, num_kv_heads)
     turn = 0
     step = 0
     _copy_rows(
@@ -268,34 +302,35 @@ def _compute(
         FIRST, HEAD_DIM, BLOCK_D, PLAIN,
     )  # fmt: skip
     _wait_for_rows()
-    # The last step of the first unit, which is at the diagonal; those of other units are below.
-    first, _count, num_steps = _steps(low, num_tokens, window, BLOCK_SIZE)
+    # The first step of the first unit, which is at the diagonal; those of other units are below.
+    first, _count, num_steps = _steps(low, num_tokens, window, BLOCK_SIZE, WINDOWED)
     key = first * BLOCK_SIZE + (num_steps - 1) * WIDTH
-    newest, oldest = _visible(low, num_tokens, window, inverse, FIRST, LOGITS)
+    newest, oldest = _visible(low, num_tokens, window, inverse, FIRST, WINDOWED, LOGITS)
     largest = gl.full([64], NOTHING, gl.float32, gl.SliceLayout(1, LOGITS))
     total = gl.zeros([64], gl.float32, gl.SliceLayout(1, LOGITS))
     acc = gl.zeros([64, BLOCK_D], gl.float32, OUTPUT)
     mbarrier.wait(k_full.index(0), 0, pred=exists)
     _my_turn(turns, step, GROUP)
-    left, right = _logits(queries.index(GROUP), keys, 0, LOGITS, BLOCK_SIZE)
+    logits = _logits(queries.index(GROUP), keys, 0, LOGITS, WIDTH)
     mbarrier.arrive(turns.index(1 - GROUP), count=1)
-    left, right = warpgroup_mma_wait(0, deps=[left, right])
+    logits = warpgroup_mma_wait(0, deps=[logits])
     mbarrier.arrive(k_empty.index(0), count=1)
-    left, right, _shrink, largest, total = _weigh(
-        left, right, largest, total, key, newest, oldest, scale, cap, True, SOFTCAP, BLOCK_SIZE, LOGITS
+    logits, _shrink, largest, total = _weigh(
+        logits, largest, total, key, newest, oldest, scale, cap, True, SOFTCAP, WIDTH, WINDOWED, LOGITS
     )
-    left_weights = gl.convert_layout(left.to(q.dtype.element_ty), WEIGHTS)
-    right_weights = gl.convert_layout(right.to(q.dtype.element_ty), WEIGHTS)
+    weights = gl.convert_layout(logits.to(q.dtype.element_ty), WEIGHTS)
     while exists:
+        inverse = _anew(inverse)
+        group = _anew(group)
         # Used a unit later, when it is there.
         after_sequence, after_first_row, after_num_tokens, after_low = _record(
-            turn + 2, tiles, num_units, num_kv_heads
+            turn + 2, tiles, num_units, kv_inverse, num_kv_heads
         )
         rows = queries.index((turn & 1) * 2 + GROUP)
         next_rows = queries.index(2 - (turn & 1) * 2 + GROUP)
         next_index = _index(turn + 1)
         next_exists = (next_index < num_units) & (next_sequence >= 0)
-        next_kv_head = next_index % num_kv_heads
+        _tile, next_kv_head = _split(next_index, kv_inverse, num_kv_heads)
         _copy_rows(
             q, next_rows, next_exists, next_kv_head, next_first_row, next_num_tokens, group, inverse,
             q_stride, FIRST, HEAD_DIM, BLOCK_D, PLAIN,
@@ -304,25 +339,31 @@ def _compute(
         # Steps [0, seen) cut the window, [seen, diagonal) are visible to all rows, the rest is the diagonal.
         rest = num_steps - 1
         start = key - rest * WIDTH
-        seen = gl.where(window > 0, gl.cdiv(gl.maximum(low + num_tokens - window - start, 0), WIDTH), 0)
+        seen = 0
+        if WINDOWED:
+            seen = gl.minimum(gl.cdiv(gl.maximum(low + num_tokens - window - start, 0), WIDTH), rest)
         diagonal = gl.minimum(gl.maximum((low + 1 - start) // WIDTH, seen), rest)
-        seen = gl.minimum(seen, rest)
-        for part in range(2):
-            acc, left_weights, right_weights, largest, total, step, key = _attend(
-                rows, acc, left_weights, right_weights, largest, total, keys, values, k_full, k_empty, v_full,
-                v_empty, turns, step, key, gl.where(part == 0, rest - diagonal, seen), newest, oldest, scale,
-                cap, True, SOFTCAP, BLOCK_SIZE, STAGES, LOGITS, OUTPUT, WEIGHTS, GROUP,
-            )  # fmt: skip
-            acc, left_weights, right_weights, largest, total, step, key = _attend(
-                rows, acc, left_weights, right_weights, largest, total, keys, values, k_full, k_empty, v_full,
-                v_empty, turns, step, key, gl.where(part == 0, diagonal - seen, 0), newest, oldest, scale,
-                cap, False, SOFTCAP, BLOCK_SIZE, STAGES, LOGITS, OUTPUT, WEIGHTS, GROUP,
+        acc, weights, largest, total, step, key = _attend(
+            rows, acc, weights, largest, total, keys, values, k_full, k_empty, v_full, v_empty,
+            turns, step, key, rest - diagonal, newest, oldest, scale, cap,
+            True, SOFTCAP, WIDTH, STAGES, WINDOWED, LOGITS, OUTPUT, WEIGHTS, GROUP,
+        )  # fmt: skip
+        acc, weights, largest, total, step, key = _attend(
+            rows, acc, weights, largest, total, keys, values, k_full, k_empty, v_full, v_empty,
+            turns, step, key, diagonal - seen, newest, oldest, scale, cap,
+            False, SOFTCAP, WIDTH, STAGES, WINDOWED, LOGITS, OUTPUT, WEIGHTS, GROUP,
+        )  # fmt: skip
+        if WINDOWED:
+            acc, weights, largest, total, step, key = _attend(
+                rows, acc, weights, largest, total, keys, values, k_full, k_empty, v_full, v_empty,
+                turns, step, key, seen, newest, oldest, scale, cap,
+                True, SOFTCAP, WIDTH, STAGES, WINDOWED, LOGITS, OUTPUT, WEIGHTS, GROUP,
             )  # fmt: skip
 
         # The values of the last step, and the first logits of the next unit; of stale keys, if there is none.
-        next_first, _count, next_num_steps = _steps(next_low, next_num_tokens, window, BLOCK_SIZE)
+        next_first, _count, next_num_steps = _steps(next_low, next_num_tokens, window, BLOCK_SIZE, WINDOWED)
         key = next_first * BLOCK_SIZE + (next_num_steps - 1) * WIDTH
-        newest, oldest = _visible(next_low, next_num_tokens, window, inverse, FIRST, LOGITS)
+        newest, oldest = _visible(next_low, next_num_tokens, window, inverse, FIRST, WINDOWED, LOGITS)
         _wait_for_rows()
         old_stage = step % STAGES
         old_phase = (step // STAGES) & 1
@@ -331,21 +372,20 @@ def _compute(
         mbarrier.wait(v_full.index(old_stage), old_phase)
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1, pred=next_exists)
         _my_turn(turns, step, GROUP)
-        left, right = _logits(next_rows, keys, stage, LOGITS, BLOCK_SIZE)
-        acc = _add_values(left_weights, right_weights, values, old_stage, acc)
+        logits = _logits(next_rows, keys, stage, LOGITS, WIDTH)
+        acc = warpgroup_mma(weights, values.index(old_stage), acc, is_async=True)
         mbarrier.arrive(turns.index(1 - GROUP), count=1)
-        left, right = warpgroup_mma_wait(2, deps=[left, right])
+        logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(k_empty.index(stage), count=1)
         old_largest, old_total = largest, total
         largest = gl.full([64], NOTHING, gl.float32, gl.SliceLayout(1, LOGITS))
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, LOGITS))
-        left, right, _shrink, largest, total = _weigh(
-            left, right, largest, total, key, newest, oldest, scale, cap, True, SOFTCAP, BLOCK_SIZE, LOGITS
+        logits, _shrink, largest, total = _weigh(
+            logits, largest, total, key, newest, oldest, scale, cap, True, SOFTCAP, WIDTH, WINDOWED, LOGITS
         )
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(old_stage), count=1)
-        left_weights = gl.convert_layout(left.to(q.dtype.element_ty), WEIGHTS)
-        right_weights = gl.convert_layout(right.to(q.dtype.element_ty), WEIGHTS)
+        weights = gl.convert_layout(logits.to(q.dtype.element_ty), WEIGHTS)
         _finish(
             acc, old_largest, old_total, rows, out, sinks, has_sinks, v_scale, kv_head, first_row, num_tokens,
             group, inverse, out_stride, FIRST, HEAD_DIM, BLOCK_D, LOGITS, OUTPUT, PLAIN,
@@ -374,15 +414,23 @@ def prefill_hopper(
     q, cache, out, tiles, block_tables, sinks, scale, cap, v_scale, has_sinks, window, group, num_kv_heads,
     q_stride, out_stride, table_stride, num_tiles,
     HEAD_DIM: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_SIZE: gl.constexpr, ROWS: gl.constexpr,
-    SOFTCAP: gl.constexpr, STAGES: gl.constexpr,
+    SOFTCAP: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as multiprocessors, or units if there are fewer. Arguments as of
     ``prefill_attention``; tiles with sequence -1 are the last.
 
     cache: tensor map [num_blocks * 2 * num_kv_heads * BLOCK_SIZE, HEAD_DIM]. ROWS is 128, BLOCK_SIZE 64.
+    WINDOWED: ``window`` counts; it takes instructions for each logit at the diagonal.
     """
-    keys = gl.allocate_shared_memory(cache.dtype, [2 * STAGES, BLOCK_SIZE, BLOCK_D], cache.layout)
-    values = gl.allocate_shared_memory(cache.dtype, [2 * STAGES, BLOCK_SIZE, BLOCK_D], cache.layout)
+    # What is copied at once is 64 columns of a block. The boxes of a stage (64 columns of both blocks, then
+    # the next 64) lie in memory as one tile of both blocks does.
+    PARTS: gl.constexpr = BLOCK_D // cache.block_shape[1]
+    box: gl.constexpr = [2 * PARTS * STAGES, BLOCK_SIZE, cache.block_shape[1]]
+    tile: gl.constexpr = [STAGES, STEP_BLOCKS * BLOCK_SIZE, BLOCK_D]
+    key_boxes = gl.allocate_shared_memory(cache.dtype, box, cache.layout)
+    value_boxes = gl.allocate_shared_memory(cache.dtype, box, cache.layout)
+    keys = key_boxes._reinterpret(cache.dtype, tile, cache.layout)
+    values = value_boxes._reinterpret(cache.dtype, tile, cache.layout)
     # Of this unit and of the next, for both groups; the output passes through them.
     queries = gl.allocate_shared_memory(cache.dtype, [4, 64, BLOCK_D], cache.layout)
     k_full, k_empty = _barriers(STAGES, 2)
@@ -395,7 +443,7 @@ def prefill_hopper(
                 (
                     q, out, queries, keys, values, k_full, k_empty, v_full, v_empty, turns, tiles, sinks,
                     scale, cap, v_scale, has_sinks, window, group, num_tiles, num_kv_heads, q_stride,
-                    out_stride, 0, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, STAGES,
+                    out_stride, 0, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, STAGES, WINDOWED,
                 ),
             ),
             (
@@ -403,14 +451,14 @@ def prefill_hopper(
                 (
                     q, out, queries, keys, values, k_full, k_empty, v_full, v_empty, turns, tiles, sinks,
                     scale, cap, v_scale, has_sinks, window, group, num_tiles, num_kv_heads, q_stride,
-                    out_stride, 1, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, STAGES,
+                    out_stride, 1, HEAD_DIM, BLOCK_D, BLOCK_SIZE, SOFTCAP, STAGES, WINDOWED,
                 ),
             ),
             (
                 _copy,
                 (
-                    cache, keys, values, k_full, k_empty, v_full, v_empty, tiles, block_tables, table_stride,
-                    num_tiles, num_kv_heads, window, BLOCK_SIZE, STAGES,
+                    cache, key_boxes, value_boxes, k_full, k_empty, v_full, v_empty, tiles, block_tables,
+                    table_stride, num_tiles, num_kv_heads, window, PARTS, BLOCK_SIZE, STAGES, WINDOWED,
                 ),
             ),
         ],

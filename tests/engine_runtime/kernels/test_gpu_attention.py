@@ -111,20 +111,24 @@ def test_contexts_are_widened_where_they_fit_and_many_queries_read_them() -> Non
 
 @pytest.mark.parametrize("kv_dtype", ["same", "fp8"])
 @pytest.mark.parametrize("is_widened", [False, True])
-def test_prompts_read_the_widened_contexts_or_the_cache(is_widened: bool, kv_dtype: str) -> None:
+@pytest.mark.parametrize("window", [None, 50])
+def test_prompts_read_the_widened_contexts_or_the_cache(
+    window: int | None, is_widened: bool, kv_dtype: str
+) -> None:
+    hopper = "prefill_hopper_bf16_d128" + ("_window" if window else "")
     library, stream = Recorder(), SimpleNamespace(fill=lambda *arguments: None)
     made = attention(40, library, kv_dtype=kv_dtype)
     made.use_workspace(1 << 20, stream)  # type: ignore[arg-type]
     layer = made.kv_layer(5, 100)
     widening = Widening(1, 2, 7, 11, 12, 13) if is_widened else None
-    made.prefill(stream, 21, 22, layer, 23, 3, 24, 25, window=50, widening=widening)  # type: ignore[arg-type]
+    made.prefill(stream, 21, 22, layer, 23, 3, 24, 25, window=window, widening=widening)  # type: ignore[arg-type]
     name, _, args = library.launches[-1]
     if kv_dtype == "fp8" and is_widened:
         (widen, grid, widen_args), _ = library.launches
         blocks, tables = widen_args[1:3]
         assert (widen, grid) == ("widen_cache_bf16_fp8_d128", (7, 2, 16))
-        assert widen_args == (5, blocks, tables, 11, 12, 13, 24, 1, 50, 8, 25, 40)
-        assert name == "prefill_hopper_bf16_d128"
+        assert widen_args == (5, blocks, tables, 11, 12, 13, 24, 1, window or 0, 8, 25, 40)
+        assert name == hopper
         assert args[1:3] == ("map of prefill_hopper_bf16_d128", blocks)
         assert args[5] == tables != 24
         assert args[-2:] == (40, 3)
@@ -136,7 +140,7 @@ def test_prompts_read_the_widened_contexts_or_the_cache(is_widened: bool, kv_dty
         assert name == "prefill_attention_bf16_fp8_d128"
         assert (args[1], args[4], args[-1]) == (5, 24, 25)
     else:
-        assert name == "prefill_hopper_bf16_d128"
+        assert name == hopper
         assert args[1:3] == ("map of prefill_hopper_bf16_d128", 5)
         assert (args[5], args[-2]) == (24, 25)
 
