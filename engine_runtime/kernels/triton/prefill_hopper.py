@@ -149,6 +149,20 @@ def _weigh(
 
 
 @gluon.jit
+def _bits(weights, dtype: gl.constexpr, WEIGHTS: gl.constexpr):
+    """Weights for ``_add_values``, as int16: of bfloat16 that is carried to the next step, the compiler swaps
+    the halves of each register, and there back again (64 instructions of 535)."""
+    return gl.convert_layout(weights.to(dtype), WEIGHTS).to(gl.int16, bitcast=True)
+
+
+@gluon.jit
+def _add_values(weights, values, stage, acc):
+    """Starts acc + weights V for a step."""
+    weights = weights.to(values.dtype, bitcast=True)
+    return warpgroup_mma(weights, values.index(stage), acc, is_async=True)
+
+
+@gluon.jit
 def _my_turn(turns, step, GROUP: gl.constexpr):
     """Waits until the other group has started its products."""
     mbarrier.wait(turns.index(GROUP), (step & 1) ^ (1 - GROUP))
@@ -177,7 +191,7 @@ def _attend(
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
         _my_turn(turns, step, GROUP)
         logits = _logits(rows, keys, stage, LOGITS, WIDTH)
-        acc = warpgroup_mma(weights, values.index(old_stage), acc, is_async=True)
+        acc = _add_values(weights, values, old_stage, acc)
         mbarrier.arrive(turns.index(1 - GROUP), count=1)
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(k_empty.index(stage), count=1)
@@ -187,7 +201,7 @@ def _attend(
         )  # fmt: skip
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(old_stage), count=1)
-        weights = gl.convert_layout(logits.to(values.dtype), WEIGHTS)
+        weights = _bits(logits, values.dtype, WEIGHTS)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
     return acc, weights, largest, total, step, key
 
@@ -318,7 +332,7 @@ def _compute(
     logits, _shrink, largest, total = _weigh(
         logits, largest, total, key, newest, oldest, scale, cap, True, SOFTCAP, WIDTH, WINDOWED, LOGITS
     )
-    weights = gl.convert_layout(logits.to(q.dtype.element_ty), WEIGHTS)
+    weights = _bits(logits, values.dtype, WEIGHTS)
     while exists:
         inverse = _anew(inverse)
         group = _anew(group)
@@ -373,7 +387,7 @@ def _compute(
         mbarrier.wait(k_full.index(stage), (step // STAGES) & 1, pred=next_exists)
         _my_turn(turns, step, GROUP)
         logits = _logits(next_rows, keys, stage, LOGITS, WIDTH)
-        acc = warpgroup_mma(weights, values.index(old_stage), acc, is_async=True)
+        acc = _add_values(weights, values, old_stage, acc)
         mbarrier.arrive(turns.index(1 - GROUP), count=1)
         logits = warpgroup_mma_wait(1, deps=[logits])
         mbarrier.arrive(k_empty.index(stage), count=1)
@@ -385,7 +399,7 @@ def _compute(
         )
         acc = warpgroup_mma_wait(0, deps=[acc])
         mbarrier.arrive(v_empty.index(old_stage), count=1)
-        weights = gl.convert_layout(logits.to(q.dtype.element_ty), WEIGHTS)
+        weights = _bits(logits, values.dtype, WEIGHTS)
         _finish(
             acc, old_largest, old_total, rows, out, sinks, has_sinks, v_scale, kv_head, first_row, num_tokens,
             group, inverse, out_stride, FIRST, HEAD_DIM, BLOCK_D, LOGITS, OUTPUT, PLAIN,
