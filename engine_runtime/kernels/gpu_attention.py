@@ -178,7 +178,7 @@ class PagedAttention:
             kernel_name("prefill_hopper", shape.dtype, "same", shape.head_dim, has_softcap, has_window)
             for has_window in (False, True)
         ]
-        # Without and with a window; none: the device has no such kernels.
+        # Without and with a window, for one tensor map; none: the device has no such kernels.
         self._hopper = [library.get(name) for name in hopper] if hopper[0] in library else []
         self._is_hopper = bool(self._hopper) and shape.kv_dtype == "same"
         self._widened: WidenedCache | None = None

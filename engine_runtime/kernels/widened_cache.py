@@ -63,7 +63,7 @@ class WidenedCache:
     ) -> None:
         """
         Args:
-            reader: a ``prefill_hopper``.
+            reader: any ``prefill_hopper`` of the shape: it makes the tensor map, which is the same for all.
             max_sequences: of a step.
             least_queries: of a key, on average.
 

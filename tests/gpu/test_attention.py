@@ -93,9 +93,9 @@ def check(
 @pytest.mark.parametrize("dtype", ["bf16", "fp16"])
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 def test_every_form(head_dim: int, dtype: str, kv_dtype: str, check: Callable[[AttentionCase], None]) -> None:
+    fixed = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype}
     for softcap in (None, 2.0) if head_dim in SOFTCAP_HEAD_DIMS else (None,):
         for window in (None, 100):
-            fixed = {"head_dim": head_dim, "dtype": dtype, "kv_dtype": kv_dtype}
             cases = [
                 random_case(seed + 10 * head_dim, **fixed, softcap=softcap, window=window)
                 for seed in range(3)

@@ -38,7 +38,7 @@ from scheduler.messages import (
 _logger = logging.getLogger(__name__)
 _DEFAULT_SEQS = 256
 _DEFAULT_BATCHED_TOKENS = 4096
-_ATTENTION_SLOWNESS = 1.6  # 650 TFLOP/s of products and 400 of attention to a prompt, on an H200
+_ATTENTION_SLOWNESS = 1.6  # 650 TFLOP/s of products and 400 (450 by now) of attention to a prompt, on an H200
 _LEAST_ROWS = 64  # of logits in one run; prompts with logprobs need one a token
 _GRAPHS_AND_CODE_BYTES = 256 << 20
 _KV_ATTEMPTS = 4

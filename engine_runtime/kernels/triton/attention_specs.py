@@ -115,9 +115,7 @@ def _prefill(
     )
 
 
-def _prefill_hopper(
-    dtype: KernelDType, head_dim: int, has_softcap: bool, has_window: bool
-) -> KernelSpec:  # fmt: skip
+def _prefill_hopper(dtype: KernelDType, head_dim: int, has_softcap: bool, has_window: bool) -> KernelSpec:
     padded = _padded(head_dim)
     layout = "NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)"
     return KernelSpec(

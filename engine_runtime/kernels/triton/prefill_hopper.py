@@ -80,8 +80,8 @@ def _copy_blocks(cache, row_left, row_right, ready, boxes, stage, PARTS: gl.cons
 
 @gluon.jit
 def _copy(
-    cache, keys, values, k_full, k_empty, v_full, v_empty, tiles, block_tables, table_stride, num_tiles,
-    num_kv_heads, window, PARTS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
+    cache, key_boxes, value_boxes, k_full, k_empty, v_full, v_empty, tiles, block_tables, table_stride,
+    num_tiles, num_kv_heads, window, PARTS: gl.constexpr, BLOCK_SIZE: gl.constexpr, STAGES: gl.constexpr,
     WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """The copying warp."""
@@ -107,11 +107,12 @@ def _copy(
                 row_left = (left * 2 * num_kv_heads + kv_head) * BLOCK_SIZE
                 row_right = (right * 2 * num_kv_heads + kv_head) * BLOCK_SIZE
                 mbarrier.wait(k_empty.index(stage), phase ^ 1)
-                _copy_blocks(cache, row_left, row_right, k_full.index(stage), keys, stage, PARTS)
+                _copy_blocks(cache, row_left, row_right, k_full.index(stage), key_boxes, stage, PARTS)
                 mbarrier.wait(v_empty.index(stage), phase ^ 1)
                 _copy_blocks(
-                    cache, row_left + offset, row_right + offset, v_full.index(stage), values, stage, PARTS
-                )
+                    cache, row_left + offset, row_right + offset, v_full.index(stage), value_boxes, stage,
+                    PARTS,
+                )  # fmt: skip
                 left, right = next_left, next_right
                 step += 1
 
@@ -433,8 +434,9 @@ def prefill_hopper(
     """Grid: as many programs as multiprocessors, or units if there are fewer. Arguments as of
     ``prefill_attention``; tiles with sequence -1 are the last.
 
-    cache: tensor map [num_blocks * 2 * num_kv_heads * BLOCK_SIZE, HEAD_DIM]. ROWS is 128, BLOCK_SIZE 64.
-    WINDOWED: ``window`` counts; it takes instructions for each logit at the diagonal.
+    cache: tensor map [num_blocks * 2 * num_kv_heads * BLOCK_SIZE, HEAD_DIM], boxes of 64 x 64. ROWS is 128,
+    BLOCK_SIZE 64. WINDOWED: rows see the last ``window`` keys only; otherwise ``window`` is not read, which
+    saves a comparison for each logit of a masked step.
     """
     # What is copied at once is 64 columns of a block. The boxes of a stage (64 columns of both blocks, then
     # the next 64) lie in memory as one tile of both blocks does.
