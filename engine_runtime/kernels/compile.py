@@ -24,6 +24,8 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
 
+from tqdm import tqdm
+
 from engine_runtime.kernels.kernel_spec import (
     ARCHITECTURES,
     CUBINS,
@@ -92,7 +94,9 @@ def compile_kernels(
         ProcessPoolExecutor(num_processes, context, initializer=_start_worker, initargs=(scratch,)) as pool,
     ):
         futures = {pool.submit(_compile, *task): task for task in todo}
-        for future, (_, name, architecture, _) in futures.items():
+        # Of a terminal: all architectures take minutes.
+        bar = tqdm(futures.items(), "Compiling", unit=" kernels", disable=None)
+        for future, (_, name, architecture, _) in bar:
             try:
                 entry, cubin_bytes = future.result()
             except BrokenProcessPool:
