@@ -94,8 +94,8 @@ def compile_kernels(
         ProcessPoolExecutor(num_processes, context, initializer=_start_worker, initargs=(scratch,)) as pool,
     ):
         futures = {pool.submit(_compile, *task): task for task in todo}
-        # Of a terminal: all architectures take minutes.
-        bar = tqdm(futures.items(), "Compiling", unit=" kernels", disable=None)
+        # All architectures take minutes. None: not where nobody looks.
+        bar = tqdm(futures.items(), "Compiling", unit=" kernels", disable=None if todo else True)
         for future, (_, name, architecture, _) in bar:
             try:
                 entry, cubin_bytes = future.result()

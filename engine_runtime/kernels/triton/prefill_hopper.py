@@ -170,6 +170,42 @@ def _my_turn(turns, step, GROUP: gl.constexpr):
 
 
 @gluon.jit
+def _step(
+    rows, exists, acc, weights, largest, total, keys, values, k_full, k_empty, v_full, v_empty,
+    turns, step, key, newest, oldest, scale, cap,
+    MASKED: gl.constexpr, SOFTCAP: gl.constexpr, WIDTH: gl.constexpr, STAGES: gl.constexpr,
+    WINDOWED: gl.constexpr, LOGITS: gl.constexpr, WEIGHTS: gl.constexpr, GROUP: gl.constexpr,
+):  # fmt: skip
+    """Adds the values of the step before, and computes the weights of its own.
+
+    Args:
+        exists: whether there are keys, or stale ones do: in the step behind a program's last unit.
+        key: position of the first key.
+
+    There is no branch while products are in flight, because the assembler waits for all of them where two
+    paths meet. So whether keys are masked is decided outside.
+    """
+    old_stage = step % STAGES
+    old_phase = (step // STAGES) & 1
+    step += 1
+    stage = step % STAGES
+    mbarrier.wait(v_full.index(old_stage), old_phase)
+    mbarrier.wait(k_full.index(stage), (step // STAGES) & 1, pred=exists)
+    _my_turn(turns, step, GROUP)
+    logits = _logits(rows, keys, stage, LOGITS, WIDTH)
+    acc = _add_values(weights, values, old_stage, acc)
+    mbarrier.arrive(turns.index(1 - GROUP), count=1)
+    logits = warpgroup_mma_wait(1, deps=[logits])
+    mbarrier.arrive(k_empty.index(stage), count=1)
+    logits, shrink, largest, total = _weigh(
+        logits, largest, total, key, newest, oldest, scale, cap, MASKED, SOFTCAP, WIDTH, WINDOWED, LOGITS
+    )
+    acc = warpgroup_mma_wait(0, deps=[acc])
+    mbarrier.arrive(v_empty.index(old_stage), count=1)
+    return acc, _bits(logits, values.dtype, WEIGHTS), shrink, largest, total, step
+
+
+@gluon.jit
 def _attend(
     rows, acc, weights, largest, total, keys, values, k_full, k_empty, v_full, v_empty,
     turns, step, key, num_steps, newest, oldest, scale, cap,
@@ -177,32 +213,14 @@ def _attend(
     WINDOWED: gl.constexpr, LOGITS: gl.constexpr, OUTPUT: gl.constexpr, WEIGHTS: gl.constexpr,
     GROUP: gl.constexpr,
 ):  # fmt: skip
-    """``num_steps`` steps: each adds the values of the step before, and computes the weights of its own.
-
-    There is no branch while products are in flight, because the assembler waits for all of them where two
-    paths meet. So whether keys are masked is decided outside.
-    """
+    """``num_steps`` steps of a unit, before ``key``."""
     for _ in range(num_steps):
-        old_stage = step % STAGES
-        old_phase = (step // STAGES) & 1
-        step += 1
         key -= WIDTH
-        stage = step % STAGES
-        mbarrier.wait(v_full.index(old_stage), old_phase)
-        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1)
-        _my_turn(turns, step, GROUP)
-        logits = _logits(rows, keys, stage, LOGITS, WIDTH)
-        acc = _add_values(weights, values, old_stage, acc)
-        mbarrier.arrive(turns.index(1 - GROUP), count=1)
-        logits = warpgroup_mma_wait(1, deps=[logits])
-        mbarrier.arrive(k_empty.index(stage), count=1)
-        logits, shrink, largest, total = _weigh(
-            logits, largest, total, key, newest, oldest, scale, cap,
-            MASKED, SOFTCAP, WIDTH, WINDOWED, LOGITS,
+        acc, weights, shrink, largest, total, step = _step(
+            rows, True, acc, weights, largest, total, keys, values, k_full, k_empty, v_full, v_empty,
+            turns, step, key, newest, oldest, scale, cap,
+            MASKED, SOFTCAP, WIDTH, STAGES, WINDOWED, LOGITS, WEIGHTS, GROUP,
         )  # fmt: skip
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(old_stage), count=1)
-        weights = _bits(logits, values.dtype, WEIGHTS)
         acc = acc * gl.convert_layout(shrink, gl.SliceLayout(1, OUTPUT))[:, None]
     return acc, weights, largest, total, step, key
 
@@ -375,32 +393,19 @@ def _compute(
                 True, SOFTCAP, WIDTH, STAGES, WINDOWED, LOGITS, OUTPUT, WEIGHTS, GROUP,
             )  # fmt: skip
 
-        # The values of the last step, and the first logits of the next unit; of stale keys, if there is none.
+        # The values of the last step, and the first logits of the next unit.
         next_first, _count, next_num_steps = _steps(next_low, next_num_tokens, window, BLOCK_SIZE, WINDOWED)
         key = next_first * BLOCK_SIZE + (next_num_steps - 1) * WIDTH
         newest, oldest = _visible(next_low, next_num_tokens, window, inverse, FIRST, WINDOWED, LOGITS)
         _wait_for_rows()
-        old_stage = step % STAGES
-        old_phase = (step // STAGES) & 1
-        step += 1
-        stage = step % STAGES
-        mbarrier.wait(v_full.index(old_stage), old_phase)
-        mbarrier.wait(k_full.index(stage), (step // STAGES) & 1, pred=next_exists)
-        _my_turn(turns, step, GROUP)
-        logits = _logits(next_rows, keys, stage, LOGITS, WIDTH)
-        acc = _add_values(weights, values, old_stage, acc)
-        mbarrier.arrive(turns.index(1 - GROUP), count=1)
-        logits = warpgroup_mma_wait(1, deps=[logits])
-        mbarrier.arrive(k_empty.index(stage), count=1)
         old_largest, old_total = largest, total
         largest = gl.full([64], NOTHING, gl.float32, gl.SliceLayout(1, LOGITS))
         total = gl.zeros([64], gl.float32, gl.SliceLayout(1, LOGITS))
-        logits, _shrink, largest, total = _weigh(
-            logits, largest, total, key, newest, oldest, scale, cap, True, SOFTCAP, WIDTH, WINDOWED, LOGITS
-        )
-        acc = warpgroup_mma_wait(0, deps=[acc])
-        mbarrier.arrive(v_empty.index(old_stage), count=1)
-        weights = _bits(logits, values.dtype, WEIGHTS)
+        acc, weights, _shrink, largest, total, step = _step(
+            next_rows, next_exists, acc, weights, largest, total, keys, values, k_full, k_empty, v_full,
+            v_empty, turns, step, key, newest, oldest, scale, cap,
+            True, SOFTCAP, WIDTH, STAGES, WINDOWED, LOGITS, WEIGHTS, GROUP,
+        )  # fmt: skip
         _finish(
             acc, old_largest, old_total, rows, out, sinks, has_sinks, v_scale, kv_head, first_row, num_tokens,
             group, inverse, out_stride, FIRST, HEAD_DIM, BLOCK_D, LOGITS, OUTPUT, PLAIN,
