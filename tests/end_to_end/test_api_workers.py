@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -42,8 +43,12 @@ def worker_pids(server: ServerProcess) -> list[int]:
 
 def ports_of(pid: int) -> set[int]:
     """The other ends of a process's TCP connections."""
-    links = (os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir())
-    inodes = {link[8:-1] for link in links if link.startswith("socket:[")}
+    inodes = set()
+    for path in Path(f"/proc/{pid}/fd").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            link = os.readlink(path)
+            if link.startswith("socket:["):
+                inodes.add(link[8:-1])
     rows = [line.split() for line in Path("/proc/net/tcp").read_text().splitlines()[1:]]
     return {int(row[2].split(":")[1], 16) for row in rows if row[9] in inodes}
 
@@ -130,12 +135,13 @@ def test_all_of_them_serve_and_count_together(server: ServerProcess, text: str) 
 
 
 def test_a_response_in_the_background_is_found_from_everywhere(server: ServerProcess) -> None:
-    body = {"model": BODY["model"], "input": "Hello", "background": True, "max_output_tokens": 300}
+    body = {"model": BODY["model"], "input": "Hello", "background": True, "max_output_tokens": 450}
     created = httpx.post(f"{server.url}/v1/responses", json=body, timeout=20).json()
     url = f"{server.url}/v1/responses/{created['id']}"
+    ended = "completed", "incomplete"  # a fast GPU may be there already
     for _ in range(8):
-        assert httpx.get(url).json()["status"] in ("in_progress", "completed")
-    assert httpx.post(f"{url}/cancel").json()["status"] in ("cancelled", "completed")
+        assert httpx.get(url).json()["status"] in ("in_progress", *ended)
+    assert httpx.post(f"{url}/cancel").json()["status"] in ("cancelled", *ended)
     server.wait_until("num_requests_running", 0)
 
 
