@@ -4,6 +4,11 @@
 
 Nothing here allocates or waits; every method but ``use_workspace`` can be captured in a CUDA graph. What
 changes from step to step lies in device memory: a graph captured for S sequences serves any contexts.
+
+Launches start while the one before still runs (from 9.0 on), and wait for its end before they read what it
+wrote; what describes the step they read at once. So positions, slots, cosines and sines, ``prefill_tiles``
+and block tables must be copied to the device: what a kernel launched shortly before computes might not be
+there.
 """
 
 from __future__ import annotations
@@ -40,6 +45,8 @@ _ALIGNMENT = 256
 _START_BYTES = 48 * 1024
 _CUT_BYTES = 45 * 1024
 _PARTS_BYTES = 26 * 1024
+# Up to here `write_rope` starts early. More programs would all go to the multiprocessors that are free first.
+_MOST_EARLY_TOKENS = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -202,6 +209,7 @@ class PagedAttention:
         if few in library:
             self._few = _DecodeForm(library.get(few), shape, num_multiprocessors, is_alone=True)
         self._plan = library.get(PLAN)
+        self._is_plan_new = False  # nothing was launched since: ``decode`` would read it too early
         self.tokens_per_tile = int(self._prefill.constexprs["ROWS"]) // group
         self.max_decode_len = DECODE_ROWS // group
         heads = int(self._rope_cache.constexprs["HEADS"])
@@ -269,7 +277,10 @@ class PagedAttention:
             cos, sin: float32 [max_len, head_dim / 2], see ``engine_runtime.rope.rope_tables``.
         """
         shape = self.shape
-        self._rope_cache.launch(
+        kernel = self._rope_cache
+        launch = kernel.launch_early if num_tokens <= _MOST_EARLY_TOKENS else kernel.launch
+        self._is_plan_new = False
+        launch(
             (num_tokens, self._rope_programs, 1), stream,
             qkv, qkv, layer.address, positions, slots, cos, sin, 1.0 / layer.k_scale, 1.0 / layer.v_scale,
             shape.num_heads, shape.num_kv_heads, shape.qkv_size, shape.qkv_size,
@@ -286,6 +297,7 @@ class PagedAttention:
                 f"{batch.num_sequences} sequences, and the workspace is for {self._max_sequences}"
             )
         form = self._decode_form(batch)
+        self._is_plan_new = True
         for window, index in self._windows.items():
             self._plan.launch(
                 (1, 1, 1), stream,
@@ -309,7 +321,9 @@ class PagedAttention:
         shape, addresses = self.shape, self._addresses
         plan = addresses["plans"] + self._windows[window] * self._plan_bytes
         form = self._decode_form(batch)
-        form.kernel.launch(
+        launch = form.kernel.launch if self._is_plan_new else form.kernel.launch_early
+        self._is_plan_new = False
+        launch(
             (shape.num_kv_heads, batch.num_sequences + form.extra_tiles, 1), stream,
             qkv, layer.address, out, plan,
             addresses["partial"], addresses["stats"], addresses["arrivals"],
@@ -330,16 +344,18 @@ class PagedAttention:
 
         The others as of ``decode``.
         """
-        cache, is_hopper = layer.prefill_cache, self._is_hopper
+        cache, is_hopper, is_early = layer.prefill_cache, self._is_hopper, True
         if widening is not None and self._widened is not None:
             self._widened.enqueue(stream, layer.address, block_tables, table_stride, widening, window or 0)
-            cache, is_hopper = self._widened.map, True
+            cache, is_hopper, is_early = self._widened.map, True, False  # its tables are computed just before
             block_tables, table_stride = self._widened.tables, self._widened.table_stride
         common = self._common(layer, block_tables, table_stride, window, sinks)
         num_kv_heads = self.shape.num_kv_heads
         if is_hopper:
             grid = (min(self._num_multiprocessors, num_tiles * num_kv_heads), 1, 1)
-            self._hopper[bool(window)].launch(grid, stream, qkv, *cache, out, tiles, *common, num_tiles)
+            kernel = self._hopper[bool(window)]
+            launch = kernel.launch_early if is_early else kernel.launch
+            launch(grid, stream, qkv, *cache, out, tiles, *common, num_tiles)
         else:
             grid = (num_kv_heads, num_tiles, 1)
             self._prefill.launch(grid, stream, qkv, *cache, out, tiles, *common)

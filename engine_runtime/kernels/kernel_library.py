@@ -111,7 +111,8 @@ class Kernel:
         """``launch``, so that programs may start while the launch before it still runs.
 
         Worth it where launches are short. Kernels that were not made for it (``starts_early`` of their spec)
-        start when they always do.
+        start when they always do. What a kernel reads before it waits must not come from the launch before,
+        nor from earlier ones if that one lets others start before it waits itself, as products do.
         """
         if self._early is None:
             self.launch(grid, stream, *args)

@@ -32,7 +32,9 @@ class KernelSpec:
         max_registers: of a thread; Gluon's specialized warps need it. None: what the compiler likes.
         architectures: those to compile for.
         starts_early: it may start while the launch before it still runs, and waits for the end of that one
-            itself (``gdc_wait``) before it reads what others write, or writes. Every program must wait.
+            itself (``gdc_wait``) before it writes, or reads what others write; its docstring names what it
+            reads sooner, which must be complete before the launch before can let it start. Programs that do
+            nothing of this need not wait, but one must.
     """
 
     function: Any

@@ -182,11 +182,11 @@ def test_a_captured_decode_follows_the_lengths(
     )
     mode = driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
     checked(driver.cuStreamBeginCapture(stream.handle, mode))
+    attention.plan_decode(stream, batch)
     attention.write_rope(
         stream, buffers["qkv"].address, 4, layer, buffers["positions"].address, buffers["slots"].address,
         buffers["cos"].address, buffers["sin"].address,
     )  # fmt: skip
-    attention.plan_decode(stream, batch)
     attention.decode(stream, buffers["qkv"].address, buffers["out"].address, layer, batch)
     graph = checked(driver.cuStreamEndCapture(stream.handle))
     executable = checked(driver.cuGraphInstantiate(graph, 0))

@@ -7,6 +7,7 @@ then the same at every step, and can be replayed from a CUDA graph while context
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine_runtime.kernels.triton.attention_tile import NOTHING, add_sink, attend, attend_pairs
 
@@ -200,13 +201,15 @@ def decode_attention(
     PAIRS: tl.constexpr,
     SOFTCAP: tl.constexpr,
     STAGES: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: (num_kv_heads, tiles of ``plan_decode``). A sequence has at most ROWS // group tokens.
 
     Arguments as of ``prefill_attention``, and as workspace: partial float32 [tiles, num_kv_heads, ROWS,
     BLOCK_D], stats float32 [tiles, num_kv_heads, 2, ROWS], arrivals int32 [sequences, num_kv_heads], which
     are zero before and after. The program that finishes a sequence last adds up its splits, COMBINED numbers
-    at a time. PAIRS: the cache is E4M3, read as int16.
+    at a time. PAIRS: the cache is E4M3, read as int16. EARLY: tiles are read before the launch before has
+    ended.
     """
     kv_head = tl.program_id(0)
     tile = tl.program_id(1)
@@ -233,6 +236,10 @@ def decode_attention(
     largest = tl.full([ROWS], NOTHING, tl.float32)
     total = tl.zeros([ROWS], tl.float32)
     position = context - num_tokens + token
+    if EARLY:
+        # In this order, as in ``rope_cache``.
+        gdc_wait()
+        gdc_launch_dependents()
     if PAIRS:
         # See ``halves_of_pairs``.
         scale *= 256.0

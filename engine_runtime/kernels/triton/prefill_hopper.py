@@ -20,6 +20,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from engine_runtime.kernels import attention_layout
 
@@ -98,6 +99,8 @@ def _copy(
             block = STEP_BLOCKS * (num_steps - 1)
             left = gl.load(table + block)
             right = gl.load(table + gl.minimum(block + 1, count - 1))
+            if turn == 0:
+                gdc_wait()  # for the launch that wrote keys and values
             for _ in range(num_steps):
                 block = gl.maximum(block - STEP_BLOCKS, 0)
                 next_left = gl.load(table + block)
@@ -330,6 +333,9 @@ def _compute(
     _tile, kv_head = _split(_index(0), kv_inverse, num_kv_heads)
     turn = 0
     step = 0
+    # In this order, as in ``rope_cache``.
+    gdc_wait()
+    gdc_launch_dependents()
     _copy_rows(
         q, queries.index(GROUP), exists, kv_head, first_row, num_tokens, group, inverse, q_stride,
         FIRST, HEAD_DIM, BLOCK_D, PLAIN,
@@ -437,7 +443,8 @@ def prefill_hopper(
     SOFTCAP: gl.constexpr, STAGES: gl.constexpr, WINDOWED: gl.constexpr,
 ):  # fmt: skip
     """Grid: as many programs as multiprocessors, or units if there are fewer. Arguments as of
-    ``prefill_attention``; tiles with sequence -1 are the last.
+    ``prefill_attention``; tiles with sequence -1 are the last. Tiles and block tables are read before the
+    launch before has ended.
 
     cache: tensor map [num_blocks * 2 * num_kv_heads * BLOCK_SIZE, HEAD_DIM], boxes of 64 x 64. ROWS is 128,
     BLOCK_SIZE 64. WINDOWED: rows see the last ``window`` keys only; otherwise ``window`` is not read, which

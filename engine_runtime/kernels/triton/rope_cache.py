@@ -7,6 +7,7 @@ attention multiplies what lies behind the end of a context by zero.
 
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
@@ -29,13 +30,15 @@ def rope_cache(
     BLOCK_SIZE: tl.constexpr,
     HEADS: tl.constexpr,
     LIMIT: tl.constexpr,
+    EARLY: tl.constexpr,
 ):
     """Grid: (tokens, ceil((num_heads + 2 num_kv_heads) / HEADS)).
 
     qkv [T, qkv_stride], 16-bit: query heads, key heads, value heads. q_out [T, q_stride] may be qkv itself.
     positions and slots int32 [T]: slot = block * BLOCK_SIZE + place in the block, or -1: nothing is cached.
     cos, sin float32 [max_len, HEAD_DIM / 2]. k_factor and v_factor are 1 / scale of an FP8 cache, else 1.
-    LIMIT is the largest number of the cache's type. HALF: HEAD_DIM / 2 rounded up to a power of two.
+    LIMIT is the largest number of the cache's type. HALF: HEAD_DIM / 2 rounded up to a power of two. EARLY:
+    positions, slots, cos and sin are read before the launch before has ended.
     """
     token = tl.program_id(0).to(tl.int64)
     head = tl.program_id(1) * HEADS + tl.arange(0, HEADS)
@@ -45,11 +48,15 @@ def rope_cache(
     slot = tl.load(slots + token)
     in_half = column < half
     exists = (head < num_heads + 2 * num_kv_heads)[:, None] & in_half[None, :]
+    c = tl.load(cos + position * half + column, mask=in_half, other=1.0)[None, :]
+    s = tl.load(sin + position * half + column, mask=in_half, other=0.0)[None, :]
+    if EARLY:
+        # In this order, so that what starts early behind this one finds all done that came before this one.
+        gdc_wait()
+        gdc_launch_dependents()
     source = qkv + token * qkv_stride + head[:, None] * HEAD_DIM + column[None, :]
     first = tl.load(source, mask=exists, other=0.0).to(tl.float32)
     second = tl.load(source + half, mask=exists, other=0.0).to(tl.float32)
-    c = tl.load(cos + position * half + column, mask=in_half, other=1.0)[None, :]
-    s = tl.load(sin + position * half + column, mask=in_half, other=0.0)[None, :]
     is_value = (head >= num_heads + num_kv_heads)[:, None]
     low = tl.where(is_value, first, first * c - second * s)
     high = tl.where(is_value, second, second * c + first * s)

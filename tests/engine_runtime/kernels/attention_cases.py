@@ -172,9 +172,10 @@ class AttentionCase:
         for _ in range(num_plans):
             out_address = memory.put(out)
             qkv = memory.put(self.qkv)
-            attention.write_rope(stream, qkv, self.num_tokens, layer, positions, slots, cos, sin)
             if self.num_decode:
                 attention.plan_decode(stream, batch)
+            attention.write_rope(stream, qkv, self.num_tokens, layer, positions, slots, cos, sin)
+            if self.num_decode:
                 attention.decode(stream, qkv, out_address, layer, batch, window=self.window, sinks=sinks)
             if self.num_decode < len(self.sequences):
                 attention.prefill(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from fractions import Fraction
+from functools import partial
 from types import SimpleNamespace
 from typing import Any
 
@@ -47,14 +49,20 @@ class Untouched:
 
 
 class Recorder(Untouched):
-    """Whose launches are written down: name, grid, arguments."""
+    """Whose launches are written down: name, grid, arguments; and which of them started early."""
 
     def __init__(self) -> None:
         self.launches: list[tuple[str, tuple[int, int, int], tuple[Any, ...]]] = []
+        self.early: list[bool] = []
 
     def get(self, name: str) -> Any:
         kernel = super().get(name)
-        kernel.launch = lambda grid, stream, *args: self.launches.append((name, grid, args))
+
+        def launch(is_early: bool, grid: tuple[int, int, int], stream: Any, *args: Any) -> None:
+            self.launches.append((name, grid, args))
+            self.early.append(is_early)
+
+        kernel.launch, kernel.launch_early = partial(launch, False), partial(launch, True)
         kernel.tensor_map = lambda argument, address, *sizes: (f"map of {name}", address)
         return kernel
 
@@ -134,8 +142,10 @@ def test_prompts_read_the_widened_contexts_or_the_cache(
         assert args[-2:] == (40, 3)
         room = made.workspace_bytes - (blocks - (1 << 20))
         assert room >= 40 * 2 * 8 * BLOCK_SIZE * 128 * 2 + 256 * 40 * 4
+        assert library.early == [False, False]  # the tables that it reads at once are just being written
         return
     assert len(library.launches) == 1
+    assert library.early == [kv_dtype == "same"]
     if kv_dtype == "fp8":
         assert name == "prefill_attention_bf16_fp8_d128"
         assert (args[1], args[4], args[-1]) == (5, 24, 25)
@@ -143,6 +153,35 @@ def test_prompts_read_the_widened_contexts_or_the_cache(
         assert name == hopper
         assert args[1:3] == ("map of prefill_hopper_bf16_d128", 5)
         assert (args[5], args[-2]) == (24, 25)
+
+
+def test_a_launch_starts_early_unless_it_would_read_what_the_one_before_writes() -> None:
+    library, stream = Recorder(), SimpleNamespace(fill=lambda *arguments: None)
+    made: Any = attention(library=library)
+    layer, batch = made.kv_layer(5, 100), DecodeBatch(3, 11, 12, 13, 14)
+
+    def write_rope(num_tokens: int = 3) -> None:
+        made.write_rope(stream, 21, num_tokens, layer, 22, 23, 24, 25)
+
+    def decode() -> None:
+        made.decode(stream, 21, 22, layer, batch)
+
+    def prefill() -> None:
+        made.prefill(stream, 21, 22, layer, 23, 3, 24, 25)
+
+    def early(*launches: Callable[[], None]) -> list[bool]:
+        library.early.clear()
+        for launch in launches:
+            launch()
+        return library.early
+
+    def plan() -> None:
+        made.plan_decode(stream, batch)
+
+    assert early(plan, write_rope, decode, write_rope, decode) == [False, True, True, True, True]
+    assert early(write_rope, plan, decode, decode) == [True, False, False, True]
+    assert early(plan, decode, prefill, decode) == [False, False, True, True]
+    assert early(lambda: write_rope(64), lambda: write_rope(65)) == [True, False]
 
 
 def test_the_cache_takes_what_the_scheduler_is_told() -> None:
