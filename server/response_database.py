@@ -20,6 +20,7 @@ _log = logging.getLogger(__name__)
 _VERSION = 1
 _MAX_BYTES = 2**30
 _BUSY_S = 5.0
+_RETRY_S = 0.01
 # How much is deleted at once when the bound is reached, so that not every response has to.
 _SPARE = 0.05
 
@@ -126,14 +127,27 @@ def _open(path: str) -> sqlite3.Connection:
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
     connection = sqlite3.connect(path, timeout=_BUSY_S, check_same_thread=False)
     try:
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = NORMAL")
-        [version] = connection.execute("PRAGMA user_version").fetchone()
-        if version not in (0, _VERSION):
-            raise sqlite3.DatabaseError(f"it has version {version}, this server reads version {_VERSION}")
-        connection.executescript(_SCHEMA)
+        deadline = time.monotonic() + _BUSY_S
+        while True:
+            try:
+                _prepare(connection)
+                return connection
+            except sqlite3.OperationalError as error:
+                # Of two processes that begin with a new file at once, SQLite refuses one without waiting.
+                if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                    raise
+                connection.rollback()
+                time.sleep(_RETRY_S)
     except BaseException:
         with contextlib.suppress(sqlite3.Error):
             connection.close()
         raise
-    return connection
+
+
+def _prepare(connection: sqlite3.Connection) -> None:
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = NORMAL")
+    [version] = connection.execute("PRAGMA user_version").fetchone()
+    if version not in (0, _VERSION):
+        raise sqlite3.DatabaseError(f"it has version {version}, this server reads version {_VERSION}")
+    connection.executescript(_SCHEMA)
