@@ -29,6 +29,7 @@ from server.worker_line import (
     EngineDown,
     EngineHangs,
     EngineUp,
+    Joined,
     Question,
     Replies,
     Reply,
@@ -79,6 +80,7 @@ class WorkerEngine(EngineLink):
 
     def _on_ready(self, ready: Ready) -> None:
         self.is_known.set()
+        self._line.send(Joined())
 
 
 async def serve(line_fd: int, listener_fd: int) -> int:

@@ -29,6 +29,10 @@ class Serving(msgspec.Struct, tag=True, frozen=True):
     vocabulary: Vocabulary
 
 
+class Joined(msgspec.Struct, tag=True, frozen=True):
+    """From a worker: the engine takes its requests."""
+
+
 class CannotServe(msgspec.Struct, tag=True, frozen=True):
     """From a worker: it ends, and so will every other one. The reason is meant for the user."""
 
@@ -82,7 +86,7 @@ class Replies(msgspec.Struct, tag=True, frozen=True):
 
 
 Message = (
-    Begin | Serving | CannotServe | EngineUp | EngineDown | EngineHangs | Question | Reply | Replies
+    Begin | Serving | Joined | CannotServe | EngineUp | EngineDown | EngineHangs | Question | Reply | Replies
 )  # fmt: skip
 
 _encoder = msgspec.msgpack.Encoder()

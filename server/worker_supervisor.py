@@ -34,6 +34,7 @@ from server.worker_line import (
     EngineDown,
     EngineHangs,
     EngineUp,
+    Joined,
     Question,
     Replies,
     Reply,
@@ -55,6 +56,7 @@ class _Worker:
     """One life of a worker process.
 
     Attributes:
+        has_joined: it takes requests to the engine that runs.
         last_part: its metrics when it was asked last; they stay when it dies.
     """
 
@@ -62,6 +64,7 @@ class _Worker:
     process: asyncio.subprocess.Process
     line: WorkerLine
     is_serving: bool = False
+    has_joined: bool = False
     last_part: bytes = b""
 
 
@@ -80,7 +83,7 @@ class WorkerSupervisor:
     """Runs the engine and ``config.api_workers`` workers until a signal, or until one of them cannot go on.
 
     Args:
-        on_serving: the engine is ready and all workers accept connections, for the first time.
+        on_serving: all workers take requests to the engine, for the first time.
     """
 
     def __init__(
@@ -200,6 +203,8 @@ class WorkerSupervisor:
                         self._has_vocabulary = True
                         self._engine.provide(vocabulary)
                     worker.line.send(self._engine_up() if self._is_engine_up else _LOADING)
+                case Joined():
+                    worker.has_joined = self._is_engine_up  # or it joined one that is gone
                     self._tell_if_serving()
                 case CannotServe(reason):
                     self._fail(reason)
@@ -234,10 +239,11 @@ class WorkerSupervisor:
         self._ready = ready
         self._is_engine_up = True
         self._tell_all(self._engine_up())
-        self._tell_if_serving()
 
     def _on_engine_end(self, reason: str) -> None:
         self._is_engine_up = False
+        for worker in self._workers.values():
+            worker.has_joined = False
         self._tell_all(EngineDown(reason, is_final=False))
 
     def _tell_all(self, message: EngineUp | EngineDown) -> None:
@@ -246,8 +252,8 @@ class WorkerSupervisor:
                 worker.line.send(message)
 
     def _tell_if_serving(self) -> None:
-        num_serving = sum(worker.is_serving for worker in self._workers.values())
-        if self._ready is not None and num_serving == self._config.api_workers and not self._has_served:
+        num_joined = sum(worker.has_joined for worker in self._workers.values())
+        if self._ready is not None and num_joined == self._config.api_workers and not self._has_served:
             self._has_served = True
             self._on_serving(self._ready)
 
