@@ -47,6 +47,7 @@ class WorkerEngine(EngineLink):
         super().__init__()
         self._name = name
         self._line = line
+        self._address = ""
         self._tasks: list[asyncio.Task[None]] = []
         # Whether it is known how the engine is: ready, or not up.
         self.is_known = asyncio.Event()
@@ -55,6 +56,7 @@ class WorkerEngine(EngineLink):
         if self._connection is not None:
             self.leave(EngineDown("another one is up", is_final=False))
         self.num_restarts = up.num_restarts
+        self._address = up.address
         connection = self._connection = ApiEnd(up.address, self._name)
         connection.send(Kind.JOIN)
         self._tasks = [
@@ -80,7 +82,7 @@ class WorkerEngine(EngineLink):
 
     def _on_ready(self, ready: Ready) -> None:
         self.is_known.set()
-        self._line.send(Joined())
+        self._line.send(Joined(self._address))
 
 
 async def serve(line_fd: int, listener_fd: int) -> int:

@@ -30,7 +30,9 @@ class Serving(msgspec.Struct, tag=True, frozen=True):
 
 
 class Joined(msgspec.Struct, tag=True, frozen=True):
-    """From a worker: the engine takes its requests."""
+    """From a worker: the engine at this address takes its requests."""
+
+    address: str
 
 
 class CannotServe(msgspec.Struct, tag=True, frozen=True):

@@ -203,8 +203,8 @@ class WorkerSupervisor:
                         self._has_vocabulary = True
                         self._engine.provide(vocabulary)
                     worker.line.send(self._engine_up() if self._is_engine_up else _LOADING)
-                case Joined():
-                    worker.has_joined = self._is_engine_up  # or it joined one that is gone
+                case Joined(address):  # of an engine that is gone, perhaps
+                    worker.has_joined = self._is_engine_up and address == self._engine.address
                     self._tell_if_serving()
                 case CannotServe(reason):
                     self._fail(reason)

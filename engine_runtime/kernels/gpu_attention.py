@@ -5,10 +5,10 @@
 Nothing here allocates or waits; every method but ``use_workspace`` can be captured in a CUDA graph. What
 changes from step to step lies in device memory: a graph captured for S sequences serves any contexts.
 
-Launches start while the one before still runs (from 9.0 on), and wait for its end before they read what it
-wrote; what describes the step they read at once. So positions, slots, cosines and sines, ``prefill_tiles``
-and block tables must be copied to the device: what a kernel launched shortly before computes might not be
-there.
+From 9.0 on ``decode``, ``write_rope`` of few tokens and most forms of ``prefill`` start while the launch
+before still runs, and wait for its end before they read what it wrote. What describes the step they read at
+once. So positions, slots, cosines and sines, ``prefill_tiles`` and block tables must be copied to the device:
+what a kernel launched shortly before computes might not be there. The plan is looked after here.
 """
 
 from __future__ import annotations

@@ -32,9 +32,9 @@ class KernelSpec:
         max_registers: of a thread; Gluon's specialized warps need it. None: what the compiler likes.
         architectures: those to compile for.
         starts_early: it may start while the launch before it still runs, and waits for the end of that one
-            itself (``gdc_wait``) before it writes, or reads what others write; its docstring names what it
-            reads sooner, which must be complete before the launch before can let it start. Programs that do
-            nothing of this need not wait, but one must.
+            itself (``gdc_wait``) before it writes, or reads what was just written. What it reads sooner, such
+            as weights or the inputs of a step, must have been there: see ``Kernel.launch_early``. Programs
+            that do nothing of this need not wait, but one must.
     """
 
     function: Any

@@ -7,8 +7,8 @@ time of the layer's ``decode`` alone; its plan and ``write_rope`` have rows of t
 keys and values once at 4.3 TB/s. A graph holds one layer for each of some caches, which together exceed
 the second-level cache several times. Prefill: of the products with keys and values of the same chunk half
 count, as half are masked. Needs torch, which fills the caches and answers for comparison, where nothing is
-cached: scaled_dot_product_attention of contiguous tensors, with FlashAttention and with cuDNN. On 9.0 and
-later each launch of a graph starts while the one before it ends, as in a step.
+cached: scaled_dot_product_attention of contiguous tensors, with FlashAttention and with cuDNN. A launch that
+starts early in a step (see ``PagedAttention``) does so in a graph.
 """
 
 from __future__ import annotations

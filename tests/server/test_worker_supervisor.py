@@ -48,7 +48,7 @@ def supervisor(served: list[Ready]) -> WorkerSupervisor:
     listener = socket.socket()
     listener.close()
     made = WorkerSupervisor(config, "a model", listener, on_serving=served.append)
-    made.engine.address = "an address"
+    made.engine.address = "first engine"
     made.engine.provide = lambda vocabulary: None  # type: ignore[method-assign]
     return made
 
@@ -73,11 +73,11 @@ async def test_it_serves_once_all_workers_have_joined_the_engine(
     assert isinstance(first.told[-1], EngineUp)
     await second.say(SERVING)
     assert isinstance(second.told[-1], EngineUp)
-    await first.say(Joined())
+    await first.say(Joined("first engine"))
     assert served == []  # a request that the second one takes now would be refused
-    await second.say(Joined())
+    await second.say(Joined("first engine"))
     assert served == [READY]
-    await second.say(Joined())
+    await second.say(Joined("first engine"))
     assert served == [READY]
     for task in tasks:
         task.cancel()
@@ -90,13 +90,15 @@ async def test_an_engine_that_ended_before_it_was_joined_by_all_does_not_count(
     for line in (first, second):
         await line.say(SERVING)
     supervisor._on_engine_ready(READY)
-    await first.say(Joined())
+    await first.say(Joined("first engine"))
     supervisor._on_engine_end("it was killed")
-    await second.say(Joined())  # on its way when the engine ended
+    await second.say(Joined("first engine"))  # on its way when the engine ended
+    supervisor.engine.address = "second engine"
     supervisor._on_engine_ready(READY)
-    await second.say(Joined())
+    await first.say(Joined("second engine"))
+    await second.say(Joined("first engine"))  # on its way for even longer
     assert served == []
-    await first.say(Joined())
+    await second.say(Joined("second engine"))
     assert served == [READY]
     for task in tasks:
         task.cancel()
