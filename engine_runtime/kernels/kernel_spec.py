@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ MANIFEST = "manifest.json"
 MANIFEST_VERSION = 2
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)
 """Compute capabilities, times ten, that kernels are compiled for."""
+FP8_ARCHITECTURES = tuple(architecture for architecture in ARCHITECTURES if architecture >= 89)
 
 
 @dataclass(frozen=True)
@@ -46,3 +47,14 @@ class KernelSpec:
     max_registers: int | None = None
     architectures: tuple[int, ...] = ARCHITECTURES
     starts_early: bool = False
+
+
+def early_where_possible(spec: KernelSpec) -> Iterator[KernelSpec]:
+    """The spec for architectures on which a launch may start early, from 9.0 on, and for the others.
+
+    Its function has a constexpr EARLY, which says for which of them it is compiled.
+    """
+    for early in (False, True):
+        architectures = tuple(each for each in spec.architectures if (each >= 90) == early)
+        constexprs = {**spec.constexprs, "EARLY": early}
+        yield replace(spec, constexprs=constexprs, architectures=architectures, starts_early=early)

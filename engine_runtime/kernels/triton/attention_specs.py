@@ -13,15 +13,22 @@ from engine_runtime.kernels.attention_layout import (
     KvDType,
     kernel_name,
 )
-from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec
+from engine_runtime.kernels.kernel_spec import (
+    ARCHITECTURES,
+    FP8_ARCHITECTURES,
+    KernelSpec,
+    early_where_possible,
+)
 from engine_runtime.kernels.triton.decode_attention import decode_attention, plan_decode
 from engine_runtime.kernels.triton.prefill_attention import prefill_attention
 from engine_runtime.kernels.triton.prefill_hopper import prefill_hopper
 from engine_runtime.kernels.triton.rope_cache import rope_cache
 
 _LARGEST = {"fp16": 65504.0, "bf16": 3.38e38, "fp8": 448.0}
-_FP8 = tuple(architecture for architecture in ARCHITECTURES if architecture >= 89)
 _SMALL_SHARED_MEMORY = {86, 89, 120}  # 99 KB a program
+_LARGE_SHARED_MEMORY = tuple(
+    architecture for architecture in ARCHITECTURES if architecture not in _SMALL_SHARED_MEMORY
+)
 
 _ATTENTION = {
     "block_tables": "*i32",
@@ -47,9 +54,7 @@ def _element(dtype: KernelDType, kv_dtype: KvDType) -> str:
     return "fp8e4nv" if kv_dtype == "fp8" else dtype
 
 
-def _rope_cache(
-    dtype: KernelDType, kv_dtype: KvDType, head_dim: int, architectures: tuple[int, ...], early: bool
-) -> KernelSpec:
+def _rope_cache(dtype: KernelDType, kv_dtype: KvDType, head_dim: int) -> KernelSpec:
     cache = _element(dtype, kv_dtype)
     return KernelSpec(
         rope_cache,
@@ -75,11 +80,9 @@ def _rope_cache(
             "BLOCK_SIZE": BLOCK_SIZE,
             "HEADS": 1024 // _padded(head_dim),
             "LIMIT": _LARGEST["fp8" if kv_dtype == "fp8" else dtype],
-            "EARLY": early,
         },
         num_warps=2,
-        architectures=architectures,
-        starts_early=early,
+        architectures=FP8_ARCHITECTURES if kv_dtype == "fp8" else ARCHITECTURES,
     )
 
 
@@ -149,31 +152,28 @@ def _prefill_hopper(dtype: KernelDType, head_dim: int, has_softcap: bool, has_wi
 
 
 def _decode(
-    dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool, architectures: tuple[int, ...],
-    early: bool,
-) -> KernelSpec:  # fmt: skip
+    dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool, architectures: tuple[int, ...]
+) -> KernelSpec:
     """For any number of sequences: four or five programs share a multiprocessor."""
     num_warps = 4 if _padded(head_dim) == 256 else 2
     form = {"STEP": BLOCK_SIZE, "COMBINED": 1024 * num_warps, "STAGES": 2}
     if kv_dtype == "fp8":
         form |= {"COMBINED": 2048 * num_warps, "STAGES": 3}
     name = kernel_name("decode_attention", dtype, kv_dtype, head_dim, has_softcap)
-    return _decode_form(name, dtype, kv_dtype, head_dim, has_softcap, form, num_warps, architectures, early)
+    return _decode_form(name, dtype, kv_dtype, head_dim, has_softcap, form, num_warps, architectures)
 
 
-def _decode_few(
-    dtype: KernelDType, head_dim: int, has_softcap: bool, architectures: tuple[int, ...], early: bool
-) -> KernelSpec:
+def _decode_few(dtype: KernelDType, head_dim: int, has_softcap: bool) -> KernelSpec:
     """For few sequences: a program has a multiprocessor for itself, and reads twice as far ahead."""
     step = BLOCK_SIZE if _padded(head_dim) == 256 else 2 * BLOCK_SIZE
     form = {"STEP": step, "COMBINED": 8192, "STAGES": 3}
     name = kernel_name("decode_few", dtype, "same", head_dim, has_softcap)
-    return _decode_form(name, dtype, "same", head_dim, has_softcap, form, 4, architectures, early)
+    return _decode_form(name, dtype, "same", head_dim, has_softcap, form, 4, _LARGE_SHARED_MEMORY)
 
 
 def _decode_form(
     name: str, dtype: KernelDType, kv_dtype: KvDType, head_dim: int, has_softcap: bool,
-    form: dict[str, int], num_warps: int, architectures: tuple[int, ...], early: bool,
+    form: dict[str, int], num_warps: int, architectures: tuple[int, ...],
 ) -> KernelSpec:  # fmt: skip
     is_fp8 = kv_dtype == "fp8"
     return KernelSpec(
@@ -196,13 +196,11 @@ def _decode_form(
             "ROWS": DECODE_ROWS,
             "PAIRS": is_fp8,
             "SOFTCAP": has_softcap,
-            "EARLY": early,
             **form,
         },
         num_warps=num_warps,
         num_stages=form["STAGES"],
         architectures=architectures,
-        starts_early=early,
     )
 
 
@@ -233,23 +231,20 @@ def _specs() -> Iterator[KernelSpec]:
     for head_dim in HEAD_DIMS:
         for dtype in dtypes:
             for kv_dtype in kv_dtypes:
-                architectures = _FP8 if kv_dtype == "fp8" else ARCHITECTURES
+                yield from early_where_possible(_rope_cache(dtype, kv_dtype, head_dim))
                 softcaps = (False, True) if head_dim in SOFTCAP_HEAD_DIMS else (False,)
-                for early in (False, True):
-                    some = tuple(a for a in architectures if (a >= 90) == early)
-                    large = tuple(a for a in some if a not in _SMALL_SHARED_MEMORY)
-                    yield _rope_cache(dtype, kv_dtype, head_dim, some, early)
-                    for has_softcap in softcaps:
-                        yield _decode(dtype, kv_dtype, head_dim, has_softcap, some, early)
-                        if kv_dtype == "same":
-                            yield _decode_few(dtype, head_dim, has_softcap, large, early)
                 for has_softcap in softcaps:
+                    key = (dtype, kv_dtype, head_dim, has_softcap)
+                    architectures = FP8_ARCHITECTURES if kv_dtype == "fp8" else ARCHITECTURES
+                    yield from early_where_possible(_decode(*key, architectures))
+                    if kv_dtype == "same":
+                        yield from early_where_possible(_decode_few(dtype, head_dim, has_softcap))
                     for architecture in architectures:
                         if architecture == 90 and head_dim <= 128 and kv_dtype == "same":
                             for has_window in (False, True):
                                 yield _prefill_hopper(dtype, head_dim, has_softcap, has_window)
                         else:
-                            yield _prefill(dtype, kv_dtype, head_dim, has_softcap, architecture)
+                            yield _prefill(*key, architecture)
 
 
 SPECS = list(_specs())

@@ -5,7 +5,7 @@ of tokens one that takes any K. A form is its block sizes, stages and warps; nam
 ``executors/tensorrt/gemm_form.py`` reads them. Forms for E4M3 ("gemv8" ...) take twice the columns.
 """
 
-from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec
+from engine_runtime.kernels.kernel_spec import ARCHITECTURES, FP8_ARCHITECTURES, KernelSpec
 from engine_runtime.kernels.triton.segment_gemm import gemv, skinny_gemm, tiled_gemm
 
 _GEMV = ((8, 512, 3, 4), (8, 256, 4, 2), (16, 512, 1, 8), (16, 256, 3, 4), (16, 128, 4, 4), (32, 64, 4, 4))
@@ -100,7 +100,7 @@ def _gemv_spec(role: str, blocks: Blocks, *, is_fp8: bool) -> KernelSpec:
             "SCALED": is_fp8,
         },
         num_warps=warps,
-        architectures=tuple(a for a in ARCHITECTURES if a >= 89 or not is_fp8),
+        architectures=FP8_ARCHITECTURES if is_fp8 else ARCHITECTURES,
     )
 
 
@@ -136,7 +136,9 @@ def _skinny_spec(role: str, blocks: Blocks, *, is_fp8: bool) -> KernelSpec:
         },
         num_warps=warps,
         architectures=tuple(
-            a for a in ARCHITECTURES if shared_memory <= _SHARED_MEMORY[a] and (a >= 89 or not is_fp8)
+            each
+            for each in (FP8_ARCHITECTURES if is_fp8 else ARCHITECTURES)
+            if shared_memory <= _SHARED_MEMORY[each]
         ),
     )
 

@@ -4,7 +4,12 @@ import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from engine_runtime.kernels.kernel_spec import ARCHITECTURES, KernelSpec
+from engine_runtime.kernels.kernel_spec import (
+    ARCHITECTURES,
+    FP8_ARCHITECTURES,
+    KernelSpec,
+    early_where_possible,
+)
 
 _MAX_PARTS = tl.constexpr(4)
 _E4M3_MAX = tl.constexpr(448.0)
@@ -149,7 +154,7 @@ def finish_heads(
     tl.store(out + offsets, x.to(out.dtype.element_ty), mask=mask)
 
 
-def _add_norm_spec(y: str, weight: str, block: int, normed: str, early: bool) -> KernelSpec:
+def _add_norm_spec(y: str, weight: str, block: int, normed: str) -> KernelSpec:
     is_fp8 = normed != "bf16"
     return KernelSpec(
         add_norm,
@@ -168,14 +173,13 @@ def _add_norm_spec(y: str, weight: str, block: int, normed: str, early: bool) ->
             "H": "i32:16",
             "epsilon": "fp32",
         },
-        {"BLOCK": block, "QUANTIZE": is_fp8, "EARLY": early},
+        {"BLOCK": block, "QUANTIZE": is_fp8},
         num_warps=min(max(block // 512, 2), 16),
-        architectures=_architectures(early, is_fp8=is_fp8),
-        starts_early=early,
+        architectures=FP8_ARCHITECTURES if is_fp8 else ARCHITECTURES,
     )
 
 
-def _finish_heads_spec(y: str, weight: str, block: int, early: bool) -> KernelSpec:
+def _finish_heads_spec(y: str, weight: str, block: int) -> KernelSpec:
     return KernelSpec(
         finish_heads,
         f"finish_heads_{y}_{weight}_{block}",
@@ -193,42 +197,31 @@ def _finish_heads_spec(y: str, weight: str, block: int, early: bool) -> KernelSp
             "head_dim": "i32:16",
             "epsilon": "fp32",
         },
-        {"BLOCK": block, "EARLY": early},
+        {"BLOCK": block},
         num_warps=1,
-        architectures=_architectures(early),
-        starts_early=early,
     )
 
 
-def _quantize_rows_spec(block: int | None, early: bool) -> KernelSpec:
+def _quantize_rows_spec(block: int | None) -> KernelSpec:
     return KernelSpec(
         quantize_rows,
         "quantize_rows" if block is None else f"quantize_row_{block}",
         {"x": "*bf16:16", "y": "*fp8e4nv:16", "scales": "*fp32:16", "size": "i32:16"},
-        {"BLOCK": block or 4096, "ONCE": block is not None, "EARLY": early},
+        {"BLOCK": block or 4096, "ONCE": block is not None},
         num_warps=8 if block is None else min(max(block // 512, 4), 32),
-        architectures=_architectures(early, is_fp8=True),
-        starts_early=early,
+        architectures=FP8_ARCHITECTURES,
     )
-
-
-def _architectures(early: bool, *, is_fp8: bool = False) -> tuple[int, ...]:
-    """Launches start early from 9.0 on, which can."""
-    return tuple(a for a in ARCHITECTURES if (a >= 90) == early and (a >= 89 or not is_fp8))
 
 
 _TYPES = [(y, weight) for y in ("bf16", "fp32") for weight in ("bf16", "fp32")]
-SPECS = [
-    spec
-    for early in (False, True)
-    for spec in (
-        *(
-            _add_norm_spec(*types, block, normed, early)
-            for types in _TYPES
-            for block in (1024, 2048, 4096, 8192, 16384)
-            for normed in ("bf16", "fp8e4nv")
-        ),
-        *(_finish_heads_spec(*types, block, early) for types in _TYPES for block in (32, 64, 128, 256)),
-        *(_quantize_rows_spec(block, early) for block in (None, 1024, 2048, 4096, 8192, 16384, 32768)),
-    )
+_SPECS = [
+    *(
+        _add_norm_spec(*types, block, normed)
+        for types in _TYPES
+        for block in (1024, 2048, 4096, 8192, 16384)
+        for normed in ("bf16", "fp8e4nv")
+    ),
+    *(_finish_heads_spec(*types, block) for types in _TYPES for block in (32, 64, 128, 256)),
+    *(_quantize_rows_spec(block) for block in (None, 1024, 2048, 4096, 8192, 16384, 32768)),
 ]
+SPECS = [each for spec in _SPECS for each in early_where_possible(spec)]
